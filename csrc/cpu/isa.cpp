@@ -1,0 +1,78 @@
+#include "cpu/isa.h"
+
+#include <cstdlib>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "kernels.h"
+
+#if defined(TB_X86) && defined(_MSC_VER)
+#include <immintrin.h>
+#include <intrin.h>
+#endif
+
+namespace tb {
+namespace {
+
+#if defined(TB_X86) && defined(_MSC_VER)
+bool has_avx2() {
+  int leaf1[4], leaf7[4];
+  __cpuid(leaf1, 1);
+  __cpuidex(leaf7, 7, 0);
+  const bool saved = (leaf1[2] & (1 << 27)) && (_xgetbv(0) & 0x6) == 0x6;
+  return saved && (leaf1[2] & (1 << 12)) && (leaf7[1] & (1 << 5));
+}
+bool has_avx512() {
+  int leaf7[4];
+  __cpuidex(leaf7, 7, 0);
+  const int wanted = (1 << 16) | (1 << 17) | static_cast<int>(1u << 31);  // F, DQ, VL
+  return has_avx2() && (_xgetbv(0) & 0xe6) == 0xe6 && (leaf7[1] & wanted) == wanted;
+}
+#elif defined(TB_X86)
+bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+bool has_avx512() {
+  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+         __builtin_cpu_supports("avx512vl");
+}
+#endif
+
+const std::vector<Kernels>& available() {
+  static const std::vector<Kernels> found = [] {
+    std::vector<Kernels> table{{"scalar", scalar::ks_distance}};
+#if defined(TB_X86)
+    if (has_avx2()) table.push_back({"avx2", avx2::ks_distance});
+    if (has_avx512()) table.push_back({"avx512", avx512::ks_distance});
+#endif
+    return table;
+  }();
+  return found;
+}
+
+}  // namespace
+
+std::vector<const char*> available_isas() {
+  std::vector<const char*> names;
+  for (const Kernels& entry : available()) names.push_back(entry.isa);
+  return names;
+}
+
+const Kernels& kernels() {
+  // Read at every call: a getenv is nothing beside a fit, and tests switch it in one process.
+  const char* wanted = std::getenv("TBFAST_ISA");
+  if (wanted == nullptr || *wanted == '\0' || std::strcmp(wanted, "auto") == 0) {
+    return available().back();
+  }
+  std::string known = "auto";
+  for (const Kernels& entry : available()) {
+    if (std::strcmp(entry.isa, wanted) == 0) return entry;
+    known += std::string(", ") + entry.isa;
+  }
+  throw std::invalid_argument("TBFAST_ISA must be one of " + known + " on this machine, got '" +
+                              wanted + "'");
+}
+
+const char* isa() { return kernels().isa; }
+
+}  // namespace tb

@@ -1,0 +1,60 @@
+"""tbfast: layer-wise learning rates from heavy-tailed spectra.
+
+The names below load their modules, and torch, on first use.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tbfast.alpha import AlphaFit, fit_alpha
+    from tbfast.attach import attach
+    from tbfast.balancer import Balancer
+    from tbfast.rates import lr_factors
+    from tbfast.report import LayerSpectrum, Report, analyze
+    from tbfast.scheduler import TempBalance, param_groups
+    from tbfast.spectra import eigenvalues
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AlphaFit",
+    "Balancer",
+    "LayerSpectrum",
+    "Report",
+    "TempBalance",
+    "analyze",
+    "attach",
+    "eigenvalues",
+    "fit_alpha",
+    "lr_factors",
+    "param_groups",
+]
+
+_HOME = {
+    "AlphaFit": "tbfast.alpha",
+    "Balancer": "tbfast.balancer",
+    "LayerSpectrum": "tbfast.report",
+    "Report": "tbfast.report",
+    "TempBalance": "tbfast.scheduler",
+    "analyze": "tbfast.report",
+    "attach": "tbfast.attach",
+    "eigenvalues": "tbfast.spectra",
+    "fit_alpha": "tbfast.alpha",
+    "lr_factors": "tbfast.rates",
+    "param_groups": "tbfast.scheduler",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'tbfast' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__"])

@@ -1,0 +1,60 @@
+"""Torch operations on our own threads, one thread each, longest task first.
+
+LAPACK's own threads gain little on one layer and collapse beside another busy process (22 ms to
+4.7 s has been seen), so every worker runs single-threaded and the layers run side by side.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier, Lock
+from typing import TypeVar
+
+import torch
+
+from tbfast import _native
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+_lock = Lock()
+_pool: ThreadPoolExecutor | None = None
+_pool_key: tuple[int, int] | None = None  # (process, threads) the pool was made for
+
+
+def parallel_map(task: Callable[[T], R], items: Sequence[T], cost: Callable[[T], float]) -> list[R]:
+    """``[task(item) for item in items]``, run on the pool in order of falling cost.
+
+    A single item runs in the calling thread, with as many threads as torch gives it.
+    """
+    threads = _native.num_threads()
+    if len(items) < 2:
+        return [task(item) for item in items]
+    order = sorted(range(len(items)), key=lambda i: -cost(items[i]))
+    pool = _workers(threads)
+    futures = {i: pool.submit(task, items[i]) for i in order}
+    return [futures[i].result() for i in range(len(items))]
+
+
+def _workers(threads: int) -> ThreadPoolExecutor:
+    global _pool, _pool_key
+    key = (os.getpid(), threads)  # a forked child inherits the pool object without its threads
+    with _lock:
+        if _pool is None or _pool_key != key:
+            _pool = _started_pool(threads)
+            _pool_key = key
+        return _pool
+
+
+def _started_pool(threads: int) -> ThreadPoolExecutor:
+    # torch.set_num_threads acts on the calling thread, and also sets the number that threads torch
+    # has not yet seen start with. So all workers are started at once, and the latter put back.
+    default = torch.get_num_threads()
+    all_started = Barrier(threads)
+    pool = ThreadPoolExecutor(threads, "tbfast", initializer=torch.set_num_threads, initargs=(1,))
+    for future in [pool.submit(all_started.wait) for _ in range(threads)]:
+        future.result()
+    torch.set_num_threads(default)
+    return pool
