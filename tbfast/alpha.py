@@ -89,7 +89,7 @@ def fit_alpha(
     """
     chosen = fit_options(fit, options)
     single = _is_single(eigenvalues)
-    raw = [eigenvalues] if single else list(eigenvalues)  # type: ignore[arg-type]
+    raw: list[Any] = [eigenvalues] if single else list(eigenvalues)  # type: ignore[arg-type]
     spectra = [_spectrum(values, row) for row, values in enumerate(raw)]
     thresholds = [
         filter_zeros if filter_zeros is not None else len(s) * _EPS * (s[-1] if len(s) else 0.0)
@@ -128,7 +128,7 @@ def fit_spectra(
         :class:`AlphaFit` of arrays of shape (spectra,).
     """
     dropped = [
-        int(np.searchsorted(s, threshold, side="right"))
+        int(np.searchsorted(s, threshold, side="right")) if np.isfinite(threshold) else 0
         for s, threshold in zip(spectra, thresholds, strict=True)
     ]
     kept = [s[zeros:] for s, zeros in zip(spectra, dropped, strict=True)]

@@ -32,7 +32,6 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Literal
 
-import torch
 from torch import Tensor, nn
 
 Kind = Literal["linear", "conv", "spectral", "packed", "experts"]
@@ -87,7 +86,7 @@ def as_matrices(weight: Tensor, kind: Kind) -> Tensor:
     if kind == "linear":
         return weight.unsqueeze(0)
     if kind == "packed":
-        return weight.unflatten(0, (3, -1))
+        return weight.reshape(3, -1, weight.shape[1])
     if kind == "experts":
         return weight
     return weight.flatten(2).permute(2, 0, 1)

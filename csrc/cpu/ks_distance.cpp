@@ -52,30 +52,41 @@ inline double exp_nonpositive(double x) {
   return p * power;
 }
 
+// The largest |1 - exp(slope (logs[j] - logs[0])) - j / n| over kLanes values of j, stride apart.
+inline double worst_gap(const double* logs, int64_t n, double slope, int64_t first,
+                        int64_t stride) {
+  const double origin = logs[0];
+  const double count = static_cast<double>(n);
+  double gap[kLanes];
+  for (int64_t lane = 0; lane < kLanes; ++lane) {
+    const int64_t j = first + lane * stride;
+    double x = slope * (logs[j] - origin);
+    x = x < -700.0 ? -700.0 : x;
+    const double d = 1.0 - exp_nonpositive(x) - static_cast<double>(j) / count;
+    gap[lane] = d < 0 ? -d : d;
+  }
+  double worst = 0;
+  for (int lane = 0; lane < kLanes; ++lane) worst = gap[lane] > worst ? gap[lane] : worst;
+  return worst;
+}
+
 }  // namespace
 
 double ks_distance(const double* logs, int64_t n, double alpha, double bound) {
   const double slope = 1 - alpha;
-  const double origin = logs[0];
-  const double count = static_cast<double>(n);
   double worst = 0;
+  // A sample over the whole tail rules out most candidates.
+  if (n > 4 * kLanes && (worst = worst_gap(logs, n, slope, 0, n / kLanes)) > bound) return worst;
   int64_t j = 0;
   for (; j + kLanes <= n; j += kLanes) {
-    double gap[kLanes];
-    for (int lane = 0; lane < kLanes; ++lane) {
-      double x = slope * (logs[j + lane] - origin);
-      x = x < -700.0 ? -700.0 : x;
-      const double rank = static_cast<double>(j) + static_cast<double>(lane);
-      const double d = 1.0 - exp_nonpositive(x) - rank / count;
-      gap[lane] = d < 0 ? -d : d;
-    }
-    for (int lane = 0; lane < kLanes; ++lane) worst = gap[lane] > worst ? gap[lane] : worst;
+    const double gap = worst_gap(logs, n, slope, j, 1);
+    worst = gap > worst ? gap : worst;
     if (worst > bound) return worst;
   }
   for (; j < n; ++j) {
-    double x = slope * (logs[j] - origin);
+    double x = slope * (logs[j] - logs[0]);
     x = x < -700.0 ? -700.0 : x;
-    const double d = 1.0 - exp_nonpositive(x) - static_cast<double>(j) / count;
+    const double d = 1.0 - exp_nonpositive(x) - static_cast<double>(j) / static_cast<double>(n);
     const double gap = d < 0 ? -d : d;
     worst = gap > worst ? gap : worst;
   }

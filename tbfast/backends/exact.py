@@ -20,6 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -36,18 +37,18 @@ from tbfast.precision import (
 _EPS32 = torch.finfo(torch.float32).eps
 _EPS64 = torch.finfo(torch.float64).eps
 _PANEL = 1 << 21  # elements converted at a time: 16 MiB of float64
+_BATCH = 1 << 17  # elements of a batch of small matrices
 _BLOCKS = 4  # column blocks of a Gram product: 10 of 16 block products instead of all
-_NARROW = 256  # columns below which the blocks cost more than they save
+_SMALL = 256  # columns below which matrices are batched, and blocks and float32 gain nothing
 _SQUARE = 0.7  # short / long side above which a random spectrum reaches below float32's noise
 
 
 @dataclass(frozen=True)
-class _Chunk:
-    """Some matrices of one stack: the unit of work."""
+class _Batch:
+    """Matrices of one shape, the unit of work, and the stack each belongs to."""
 
-    stack: int
     matrices: Tensor  # (matrices, rows, cols) with rows >= cols
-    whole: bool  # whether this is all of the stack
+    owners: list[int]
 
     @property
     def cost(self) -> float:
@@ -55,8 +56,8 @@ class _Chunk:
         return float(count) * cols * cols * (rows + 8 * cols)
 
 
-# A way of computing: the eigenvalues of a chunk, pooled; None if it can tell that they will not do.
-_Way = Callable[[_Chunk], "Tensor | None"]
+# A way of computing: eigenvalues (matrices, cols) of a batch; None if it can tell they won't do.
+_Way = Callable[[Tensor], "Tensor | None"]
 
 
 def eigenvalues(stacks: Sequence[Tensor], shares: Sequence[float] | None = None) -> list[Tensor]:
@@ -73,10 +74,10 @@ def eigenvalues(stacks: Sequence[Tensor], shares: Sequence[float] | None = None)
     """
     shares = [1.0] * len(stacks) if shares is None else shares
     found: dict[int, Tensor] = {}
-    if light := [i for i, s in enumerate(stacks) if shares[i] < 1 and not _is_wide(s)]:
-        for i, values in _compute(stacks, light, _float32_values).items():
-            if _reaches(values, shares[i], _EPS32):
-                found[i] = values
+    light = [i for i, stack in enumerate(stacks) if shares[i] < 1 and _suits_float32(stack)]
+    for i, values in _compute(stacks, light, _float32_values).items():
+        if _reaches(values, shares[i], _EPS32):
+            found[i] = values
     rest = [i for i in range(len(stacks)) if i not in found]
     for i, values in _compute(stacks, rest, _float64_values).items():
         # For weights of float32 the float64 Gram matrix also tells zeros from the rest.
@@ -89,25 +90,44 @@ def eigenvalues(stacks: Sequence[Tensor], shares: Sequence[float] | None = None)
 
 def _compute(stacks: Sequence[Tensor], which: Sequence[int], way: _Way) -> dict[int, Tensor]:
     """Pooled, sorted spectra of the chosen stacks; those that ``way`` gave up on are missing."""
-    chunks = [chunk for i in which for chunk in _chunks(i, stacks[i])]
-    parts: dict[int, list[Tensor | None]] = {i: [] for i in which}
-    for chunk, values in zip(chunks, parallel_map(way, chunks, lambda c: c.cost), strict=True):
-        parts[chunk.stack].append(values)
+    batches = _batches(stacks, which)
+    results = parallel_map(lambda b: way(b.matrices), batches, lambda b: b.cost)
+    parts: dict[int, list[Tensor]] = {i: [] for i in which}
+    for batch, values in zip(batches, results, strict=True):
+        if values is not None:
+            for owner, row in zip(batch.owners, values, strict=True):
+                parts[owner].append(row)
     spectra = {}
-    for i, pieces in parts.items():
-        complete = [piece for piece in pieces if piece is not None]
-        if len(complete) == len(pieces):
-            pooled = torch.cat(complete) if len(complete) > 1 else complete[0]
+    for i, rows in parts.items():
+        if rows:
+            pooled = torch.cat(rows)
             bad = not bool(torch.isfinite(pooled).all())
             spectra[i] = pooled.fill_(math.nan) if bad else pooled.clamp_(min=0).sort().values
     return spectra
 
 
-def _chunks(i: int, stack: Tensor) -> list[_Chunk]:
-    tall = stack.detach() if stack.shape[1] >= stack.shape[2] else stack.detach().mT
-    size = max(1, _PANEL // max(1, tall[0].numel())) if tall.shape[2] < _NARROW else 1
-    pieces = tall.split(size)
-    return [_Chunk(i, piece, len(pieces) == 1) for piece in pieces]
+def _batches(stacks: Sequence[Tensor], which: Sequence[int]) -> list[_Batch]:
+    """Each large matrix alone; small ones of one shape and dtype together, whoever owns them."""
+    batches: list[_Batch] = []
+    small: dict[object, list[tuple[int, Tensor]]] = {}
+    for i in which:
+        tall = stacks[i].detach()
+        tall = tall if tall.shape[1] >= tall.shape[2] else tall.mT
+        if tall.shape[2] >= _SMALL:
+            batches += [_Batch(tall[j : j + 1], [i]) for j in range(len(tall))]
+        else:
+            small.setdefault((tall.shape[1:], tall.dtype, tall.device), []).append((i, tall))
+    for group in small.values():
+        matrices = torch.cat([tall for _, tall in group]) if len(group) > 1 else group[0][1]
+        owners = [i for i, tall in group for _ in range(len(tall))]
+        size = max(1, _BATCH // matrices[0].numel())
+        for start in range(0, len(owners), size):
+            batches.append(_Batch(matrices[start : start + size], owners[start : start + size]))
+    return batches
+
+
+def _suits_float32(stack: Tensor) -> bool:
+    return not _is_wide(stack) and len(stack) == 1 and min(stack.shape[1:]) >= _SMALL
 
 
 def _is_wide(stack: Tensor) -> bool:
@@ -124,86 +144,87 @@ def _reaches(values: Tensor, share: float, eps: float) -> bool:
     return lowest >= trusted_from(largest, eps, tolerance)
 
 
-def _float32_values(chunk: _Chunk) -> Tensor | None:
-    exponent = _exponent(chunk.matrices)
-    if exponent is None:
-        return _no_values(chunk)
-    count, rows, cols = chunk.matrices.shape
+def _float32_values(matrix: Tensor) -> Tensor | None:
+    finite, exponents = _exponents(matrix)
+    _, rows, cols = matrix.shape
     # Nearly square matrices need the float64 Gram matrix anyway, for their rank.
-    square = cols > _SQUARE * rows and chunk.whole and count == 1
-    gram = _gram(chunk.matrices, exponent, torch.float64 if square else torch.float32)
+    square = cols > _SQUARE * rows
+    gram = _gram(finite, exponents, torch.float64 if square else torch.float32)
     single = torch.complex64 if gram.is_complex() else torch.float32
     values = torch.linalg.eigvalsh(gram.to(single)).double()
-    doubtful = values.amin() < CERTAINLY_POSITIVE * _EPS32 * values.amax()
-    if doubtful and not (square and _has_full_rank(gram, chunk.matrices)):
-        return None
-    return _rescale(values.flatten(), exponent)
+    if values.amin() < CERTAINLY_POSITIVE * _EPS32 * values.amax():
+        if not square or (floor := _certified_floor(gram, matrix)) is None:
+            return None
+        values.clamp_(min=floor)  # noise in float32, but known not to be zero
+    return _rescaled(values, exponents)
 
 
-def _float64_values(chunk: _Chunk) -> Tensor | None:
-    exponent = _exponent(chunk.matrices)
-    if exponent is None:
-        return _no_values(chunk)
-    gram = _gram(chunk.matrices, exponent, torch.float64)
-    return _rescale(torch.linalg.eigvalsh(gram).flatten(), exponent)
+def _float64_values(matrices: Tensor) -> Tensor:
+    finite, exponents = _exponents(matrices)
+    return _rescaled(torch.linalg.eigvalsh(_gram(finite, exponents, torch.float64)), exponents)
 
 
-def _singular_values(chunk: _Chunk) -> Tensor:
-    exponent = _exponent(chunk.matrices)
-    if exponent is None:
-        return _no_values(chunk)
-    scaled = _converted(chunk.matrices, exponent, torch.float64)
-    return _rescale(torch.linalg.svdvals(scaled).flatten().square(), exponent)
+def _singular_values(matrices: Tensor) -> Tensor:
+    finite, exponents = _exponents(matrices)
+    scaled = _converted(finite, exponents, torch.float64)
+    return _rescaled(torch.linalg.svdvals(scaled).square(), exponents)
 
 
-def _exponent(matrices: Tensor) -> int | None:
-    """Power of two just above the largest entry, 0 for zeros; None if an entry is not finite."""
-    largest = float(torch.linalg.vector_norm(matrices, math.inf))
-    if not math.isfinite(largest):
-        return None
-    return max(-1000, min(1000, math.frexp(largest)[1]))
+def _exponents(matrices: Tensor) -> tuple[Tensor, Tensor]:
+    """The matrices, and for each the power of two just above its largest entry.
+
+    Where an entry is not finite the exponent is NaN and the matrix is replaced by zeros: LAPACK
+    would return zeros, or not return.
+    """
+    largest = torch.linalg.vector_norm(matrices, math.inf, dim=(1, 2)).to("cpu", torch.float64)
+    finite = torch.isfinite(largest)
+    exponents = torch.frexp(largest).exponent.double().clamp_(-1000, 1000)
+    if not bool(finite.all()):
+        exponents.masked_fill_(~finite, math.nan)
+        matrices = matrices.cpu().masked_fill(~finite[:, None, None], 0)
+    return matrices, exponents
 
 
-def _no_values(chunk: _Chunk) -> Tensor:
-    count, _, cols = chunk.matrices.shape
-    return torch.full((count * cols,), math.nan, dtype=torch.float64)
+def _rescaled(values: Tensor, exponents: Tensor) -> Tensor:
+    factors = torch.exp2(exponents)[:, None]  # squared in two steps, not to overflow
+    return values.mul_(factors).mul_(factors)
 
 
-def _rescale(values: Tensor, exponent: int) -> Tensor:
-    return values.mul_(2.0**exponent).mul_(2.0**exponent)
-
-
-def _converted(matrices: Tensor, exponent: int, real: torch.dtype) -> Tensor:
+def _converted(matrices: Tensor, exponents: Tensor, real: torch.dtype) -> Tensor:
     """A CPU copy times 2**-exponent: exact, and safe from overflow once squared."""
-    dtype = torch.complex(torch.empty(0, dtype=real), torch.empty(0, dtype=real)).dtype
-    return matrices.to("cpu", dtype if matrices.is_complex() else real, copy=True).mul_(
-        2.0**-exponent
-    )
+    wide = torch.promote_types(real, torch.complex64) if matrices.is_complex() else real
+    factors = torch.exp2(exponents.nan_to_num(0).neg())[:, None, None].to(real)
+    return matrices.to("cpu", wide, copy=True).mul_(factors)
 
 
-def _gram(matrices: Tensor, exponent: int, real: torch.dtype) -> Tensor:
+def _gram(matrices: Tensor, exponents: Tensor, real: torch.dtype) -> Tensor:
     """Lower triangle of WᴴW of matrices (count, rows, cols), scaled; the upper is undefined.
 
     Panels of rows keep the converted copy small; their size depends on the shape alone, so the
     order of summation, and the result to the bit, does not depend on threads.
     """
     count, rows, cols = matrices.shape
-    height = max(1, _PANEL // (count * cols))
-    edges = [cols * b // _BLOCKS for b in range(_BLOCKS + 1)] if cols >= _NARROW else [0, cols]
-    gram: Tensor | None = None
+    if cols < _SMALL:
+        panel = _converted(matrices, exponents, real)
+        return panel.mH @ panel
+    edges = [cols * b // _BLOCKS for b in range(_BLOCKS + 1)]
+    height = max(1, _PANEL // cols)
+    wide = torch.promote_types(real, torch.complex64) if matrices.is_complex() else real
+    gram = torch.zeros(count, cols, cols, dtype=wide)
     for top in range(0, rows, height):
-        panel = _converted(matrices[:, top : top + height], exponent, real)
-        if gram is None:
-            gram = panel.new_zeros(count, cols, cols)
-        for left, right in zip(edges, edges[1:], strict=False):
+        panel = _converted(matrices[:, top : top + height], exponents, real)
+        for left, right in pairwise(edges):
             gram[:, left:right, :right] += panel[:, :, left:right].mH @ panel[:, :, :right]
-    assert gram is not None, "a stack has at least one row"
     return gram
 
 
-def _has_full_rank(gram: Tensor, matrices: Tensor) -> bool:
-    """Whether no eigenvalue is numerically zero: a Cholesky factorisation of gram - shift * I."""
-    sum_eigenvalues = float(gram.diagonal(dim1=-2, dim2=-1).real.sum())
-    shift = 4 * zero_threshold(matrices, sum_eigenvalues)  # 4: clear of the threshold itself
-    gram.diagonal(dim1=-2, dim2=-1).sub_(shift)
-    return bool(torch.linalg.cholesky_ex(gram).info.eq(0).all())
+def _certified_floor(gram: Tensor, matrix: Tensor) -> float | None:
+    """A value below all eigenvalues and clear of zero; None if some are numerically zero.
+
+    Sylvester's law: gram - floor * I has a Cholesky factorisation if and only if all eigenvalues
+    of gram are above floor. Changes ``gram``.
+    """
+    diagonal = gram.diagonal(dim1=-2, dim2=-1)
+    floor = 4 * zero_threshold(matrix, float(diagonal.real.sum()))
+    diagonal.sub_(floor)
+    return floor if bool(torch.linalg.cholesky_ex(gram).info.eq(0).all()) else None

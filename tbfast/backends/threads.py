@@ -29,13 +29,17 @@ def parallel_map(task: Callable[[T], R], items: Sequence[T], cost: Callable[[T],
 
     A single item runs in the calling thread, with as many threads as torch gives it.
     """
-    threads = _native.num_threads()
     if len(items) < 2:
         return [task(item) for item in items]
     order = sorted(range(len(items)), key=lambda i: -cost(items[i]))
-    pool = _workers(threads)
+    pool = _workers(_native.num_threads())
     futures = {i: pool.submit(task, items[i]) for i in order}
-    return [futures[i].result() for i in range(len(items))]
+    try:
+        return [futures[i].result() for i in range(len(items))]
+    except BaseException:  # Ctrl-C as well: leave nothing behind in the queue
+        for future in futures.values():
+            future.cancel()
+        raise
 
 
 def _workers(threads: int) -> ThreadPoolExecutor:

@@ -1,0 +1,7 @@
+"""``python -m tbfast``."""
+
+import sys
+
+from tbfast.cli import main
+
+sys.exit(main())

@@ -1,0 +1,186 @@
+"""Every verb of every backend against the reference, and the same bits however it is run."""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from tbfast import _native
+from tbfast.backends import exact, get_backend, native, reference
+from tbfast.fitting import FIT_KINDS, FitOptions
+
+# Both in float64; the vector exponential is good to 1e-15 and a distance is at most 1.
+KS_TOLERANCE = 1e-13
+# Across instruction sets only fused multiply-adds differ.
+ISA_TOLERANCE = 1e-12
+
+DTYPES = [
+    torch.float16,
+    torch.bfloat16,
+    torch.float32,
+    torch.float64,
+    torch.complex64,
+    torch.complex128,
+]
+SHAPES = [(1, 1, 1), (1, 1, 9), (1, 9, 1), (3, 17, 5), (2, 5, 17), (1, 64, 64), (1, 300, 257)]
+
+
+def random_stack(shape, dtype, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    wide = torch.complex128 if dtype.is_complex else torch.float64
+    return torch.randn(shape, generator=generator, dtype=wide).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_native_eigenvalues_agree_with_the_reference(shape, dtype):
+    stack = random_stack(shape, dtype)
+    copy = stack.clone()
+    [found] = native.eigenvalues([stack])
+    [expected] = reference.eigenvalues([stack])
+    assert found.dtype == torch.float64
+    # The tolerance that exact.py promises for every eigenvalue (precision.FULL_TOLERANCE).
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(stack, copy, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kind", FIT_KINDS)
+def test_native_fit_agrees_with_the_reference_on_ragged_spectra(kind):
+    rng = np.random.default_rng(0)
+    spectra = [np.sort(rng.lognormal(0, s, n)) for n, s in [(1, 1), (2, 1), (33, 1), (500, 2)]]
+    spectra += [np.empty(0), np.full(40, 3.0), np.array([1.0, np.nan])]
+    options = FitOptions(kind, k=30)
+    found, expected = native.fit(spectra, options), reference.fit(spectra, options)
+    np.testing.assert_array_equal(found.reason, expected.reason)
+    np.testing.assert_array_equal(found.start, expected.start)
+    np.testing.assert_array_equal(found.n_tail, expected.n_tail)
+    np.testing.assert_array_equal(found.xmin, expected.xmin)
+    np.testing.assert_allclose(found.alpha, expected.alpha, rtol=1e-10)
+    np.testing.assert_allclose(found.ks, expected.ks, atol=KS_TOLERANCE)
+
+
+def test_ks_distance_holds_over_the_whole_range_of_exponents():
+    # Tails over 250 decades reach the end of the vector exponential's range.
+    values = np.logspace(-250, 5, 1000)
+    for kind in ("median", "ks"):
+        found, expected = (b.fit([values], FitOptions(kind)) for b in (native, reference))
+        np.testing.assert_allclose(found.ks, expected.ks, atol=KS_TOLERANCE)
+
+
+@pytest.mark.parametrize("isa", _native.isas())
+def test_every_instruction_set_gives_the_same_fit(isa, monkeypatch):
+    rng = np.random.default_rng(1)
+    spectra = [np.sort(rng.pareto(1.5, n) + 1) for n in (31, 32, 33, 1000)]
+    monkeypatch.setenv("TBFAST_ISA", isa)
+    assert _native.isa() == isa
+    found, expected = (b.fit(spectra, FitOptions("ks")) for b in (native, reference))
+    np.testing.assert_array_equal(found.start, expected.start)
+    np.testing.assert_allclose(found.alpha, expected.alpha, rtol=ISA_TOLERANCE)
+
+
+def test_unknown_instruction_set_is_refused_by_name(monkeypatch):
+    monkeypatch.setenv("TBFAST_ISA", "mmx")
+    with pytest.raises(ValueError, match="TBFAST_ISA must be one of auto, scalar.* got 'mmx'"):
+        _native.isa()
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "two", "1e3"])
+def test_bad_thread_count_is_refused_by_name(text, monkeypatch):
+    monkeypatch.setenv("TBFAST_NUM_THREADS", text)
+    with pytest.raises(ValueError, match=f"TBFAST_NUM_THREADS .* got '{text}'"):
+        _native.num_threads()
+
+
+def test_threads_and_order_do_not_change_a_bit(monkeypatch):
+    shapes = [(1, 96, 64), (9, 32, 24), (1, 300, 300), (1, 64, 500), (4, 8, 8)]
+    stacks = [random_stack(s, torch.float32, i) for i, s in enumerate(shapes)]
+    shares = [0.5, 1.0, 0.5, 0.5, 1.0]
+    runs = []
+    for threads in ("1", "2", "4"):
+        monkeypatch.setenv("TBFAST_NUM_THREADS", threads)
+        spectra = native.eigenvalues(stacks, shares)
+        fits = native.fit([s.numpy() for s in spectra], FitOptions("ks"))
+        runs.append((spectra, fits.alpha))
+    backwards = native.eigenvalues(stacks[::-1], shares[::-1])[::-1]
+    for spectra, alpha in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(spectra, runs[0][0], strict=True))
+        np.testing.assert_array_equal(alpha, runs[0][1])
+    assert all(torch.equal(a, b) for a, b in zip(backwards, runs[0][0], strict=True))
+
+
+def test_torch_keeps_its_threads_beside_the_pool():
+    code = """
+import threading, torch
+torch.set_num_threads(3)
+from tbfast import eigenvalues
+eigenvalues([torch.randn(40, 40) for _ in range(5)])
+seen = []
+thread = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
+thread.start(); thread.join()
+print(torch.get_num_threads(), *seen)
+"""
+    env = {**os.environ, "TBFAST_NUM_THREADS": "2"}
+    out = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, check=True)
+    assert out.stdout.split() == [b"3", b"3"]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this platform has no fork")
+def test_a_forked_child_measures_with_threads_of_its_own():
+    code = """
+import os, torch
+from tbfast import eigenvalues
+stacks = [torch.eye(30) * i for i in range(1, 5)]
+eigenvalues(stacks)
+child = os.fork()
+if child == 0:
+    os._exit(0 if float(eigenvalues(stacks)[3][0]) == 16 else 1)
+raise SystemExit(os.waitpid(child, 0)[1])
+"""
+    # -W ignore: Python warns of any fork in a process with threads.
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, timeout=60)
+
+
+@pytest.mark.parametrize("name", ["cuda", "triton"])
+def test_missing_backend_says_what_to_use(name):
+    with pytest.raises(RuntimeError, match=f"backend='{name}' is not available.*use backend="):
+        get_backend(name)
+
+
+def test_unknown_backend_is_refused_and_the_environment_is_heard(monkeypatch):
+    with pytest.raises(ValueError, match="backend must be one of auto, .* got 'mkl'"):
+        get_backend("mkl")
+    assert get_backend("auto") is native
+    monkeypatch.setenv("TBFAST_BACKEND", "reference")
+    assert get_backend("auto") is reference
+    monkeypatch.setenv("TBFAST_BACKEND", "mkl")
+    with pytest.raises(ValueError, match="got 'mkl'"):
+        get_backend("auto")
+
+
+def test_native_checks_the_shape_of_its_arguments():
+    options = dict(kind=0, xmin_pos=2.0, smooth=0.0, k=2, bins=1, peak_compat=False)
+    call = lambda offsets, **more: _native.fit(  # noqa: E731
+        np.ones(4), np.array(offsets), **{**options, **more}, max_alpha=1e5, threads=1
+    )
+    for offsets in ([], [0, 3], [1, 4], [0, 5], [0, 3, 2, 4]):
+        with pytest.raises(ValueError, match="offsets"):
+            call(offsets)
+    for bad in (dict(kind=4), dict(xmin_pos=1.0), dict(k=1), dict(bins=0)):
+        with pytest.raises(ValueError, match="out of range"):
+            call([0, 4], **bad)
+
+
+def test_small_matrices_of_many_stacks_are_batched_and_given_back():
+    stacks = [random_stack((count, 30, 20), torch.float32, count) for count in (300, 1, 7)]
+    stacks.insert(1, random_stack((2, 20, 30), torch.float32))
+    stacks[3][4, 5, 6] = float("nan")
+    batches = exact._batches(stacks, range(4))
+    assert len(batches) > 1
+    assert sum(len(batch.owners) for batch in batches) == 310
+    found = native.eigenvalues(stacks)
+    for stack, values, expected in zip(stacks, found, reference.eigenvalues(stacks), strict=True):
+        assert values.shape == (len(stack) * 20,)
+        torch.testing.assert_close(values, expected, rtol=1e-6, atol=0, equal_nan=True)
