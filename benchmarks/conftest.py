@@ -54,7 +54,10 @@ def results(request):
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{slug}.csv"
     key = lambda row: (row["bench"], row["case"], row["contender"])  # noqa: E731
-    kept = list(csv.DictReader(path.open())) if path.exists() else []
+    kept = []
+    if path.exists():
+        with path.open(newline="") as file:
+            kept = list(csv.DictReader(file))
     new = {key(row) for row in rows}
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, FIELDS, lineterminator="\n")

@@ -37,8 +37,8 @@ py::tuple fit(const In<double>& values, const In<int64_t>& offsets, int64_t kind
   if (kind < 0 || kind > 3 || !(xmin_pos > 1) || k < 2 || bins < 1 || threads < 1) {
     throw py::value_error("fit option out of range");
   }
-  const tb::FitOptions options{static_cast<tb::FitKind>(kind), xmin_pos, smooth, k, bins,
-                               peak_compat, max_alpha};
+  const tb::FitOptions options{
+      static_cast<tb::FitKind>(kind), xmin_pos, smooth, k, bins, peak_compat, max_alpha};
   std::vector<tb::Fit> table;
   {
     const py::gil_scoped_release unlocked;
@@ -52,6 +52,18 @@ py::tuple fit(const In<double>& values, const In<int64_t>& offsets, int64_t kind
                         column<int64_t>(table, [](const tb::Fit& f) { return f.reason; }));
 }
 
+template <typename T>
+py::array_t<double> symmetric_eigenvalues(const py::array_t<T, py::array::c_style>& a) {
+  if (a.ndim() != 3 || a.shape(1) != a.shape(2)) {
+    throw py::value_error("matrices must have shape (count, n, n)");
+  }
+  py::array_t<double> out({a.shape(0), a.shape(1)});
+  double* values = out.mutable_data();
+  const py::gil_scoped_release unlocked;
+  tb::symmetric_eigenvalues(a.data(), a.shape(0), a.shape(1), values);
+  return out;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
@@ -60,6 +72,9 @@ PYBIND11_MODULE(_native, m) {
         py::arg("xmin_pos"), py::arg("smooth"), py::arg("k"), py::arg("bins"),
         py::arg("peak_compat"), py::arg("max_alpha"), py::arg("threads"),
         "Fit many spectra: (alpha, xmin, ks, start, n_tail, reason), arrays of shape (spectra,).");
+  m.def("symmetric_eigenvalues", &symmetric_eigenvalues<float>, py::arg("a").noconvert(),
+        "Eigenvalues (count, n), ascending, of matrices (count, n, n); reads the upper triangle.");
+  m.def("symmetric_eigenvalues", &symmetric_eigenvalues<double>, py::arg("a").noconvert());
   m.def("num_threads", &tb::num_threads, "Threads the kernels use.");
   m.def("isa", &tb::isa, "Instruction set in use.");
   m.def("isas", &tb::available_isas, "Instruction sets compiled in that this machine can run.");

@@ -20,12 +20,12 @@ enum class Reason : int64_t {
 
 struct FitOptions {
   FitKind kind = FitKind::median;
-  double xmin_pos = 2.0;      // median: xmin has index int(n / xmin_pos)
-  double smooth = 0.0;        // median: ln xmin is the mean over int(smooth * n) ranks either side
-  int64_t k = 64;             // tail: number of largest eigenvalues
-  int64_t bins = 100;         // peak: bins of the histogram of log10
-  bool peak_compat = false;   // peak: the published comparison with the log of the lower bound
-  double max_alpha = 1e5;     // above it the tail counts as one value repeated
+  double xmin_pos = 2.0;     // median: xmin has index int(n / xmin_pos)
+  double smooth = 0.0;       // median: ln xmin is the mean over int(smooth * n) ranks either side
+  int64_t k = 64;            // tail: number of largest eigenvalues
+  int64_t bins = 100;        // peak: bins of the histogram of log10
+  bool peak_compat = false;  // peak: the published comparison with the log of the lower bound
+  double max_alpha = 1e5;    // above it the tail counts as one value repeated
 };
 
 struct Fit {
@@ -43,6 +43,14 @@ struct Fit {
 //   offsets: rows + 1 positions in values; spectrum r is values[offsets[r]] .. offsets[r + 1]
 std::vector<Fit> fit(const double* values, const int64_t* offsets, int64_t rows,
                      const FitOptions& options, int threads);
+
+// Eigenvalues of real symmetric matrices, ascending; single-threaded. Backward stable: each errs by
+// a few eps of T times the largest in magnitude.
+//   a:   count matrices of n x n, end to end, row-major; only what is on and above the diagonal is
+//        read. Entries must be finite and neither overflow nor vanish when squared.
+//   out: count x n, overwritten
+template <typename T>
+void symmetric_eigenvalues(const T* a, int64_t count, int64_t n, double* out);
 
 // Threads to use: TBFAST_NUM_THREADS, else the cores this process may run on.
 // Throws std::invalid_argument when the variable is not a positive number.

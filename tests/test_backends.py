@@ -132,6 +132,7 @@ def test_a_forked_child_measures_with_threads_of_its_own():
     code = """
 import os, torch
 from tbfast import eigenvalues
+torch.set_num_threads(1)  # GNU's OpenMP, under torch, hangs in a forked child if it had threads
 stacks = [torch.eye(30) * i for i in range(1, 5)]
 eigenvalues(stacks)
 child = os.fork()
@@ -158,6 +159,39 @@ def test_unknown_backend_is_refused_and_the_environment_is_heard(monkeypatch):
     monkeypatch.setenv("TBFAST_BACKEND", "mkl")
     with pytest.raises(ValueError, match="got 'mkl'"):
         get_backend("auto")
+
+
+@pytest.mark.parametrize("isa", _native.isas())
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("n", [1, 2, 3, 15, 16, 17, 31, 32, 33, 65, 200])
+def test_symmetric_eigenvalues_are_lapacks(n, dtype, isa, monkeypatch):
+    monkeypatch.setenv("TBFAST_ISA", isa)
+    rng = np.random.default_rng(n)
+    matrices = np.stack(
+        [
+            (lambda w: w @ w.T)(rng.standard_normal((n, n))),
+            (lambda w: w + w.T)(rng.standard_normal((n, n))),  # indefinite
+            np.diag(rng.integers(0, 3, n).astype(float)),  # splits at once, with ties
+            np.ones((n, n)),
+            np.diag(10.0 ** -np.linspace(0, 12, n)) + 1e-14 * np.ones((n, n)),  # graded
+        ]
+    ).astype(dtype)
+    upper_only = np.triu(matrices) + np.tril(np.full((n, n), np.nan, dtype), -1)
+    found = _native.symmetric_eigenvalues(upper_only)
+    # Backward stability: eps of the dtype times the norm, times a modest power of n (LAPACK's own
+    # error bound has one too).
+    for values, matrix in zip(found, matrices.astype(np.float64), strict=True):
+        scale = np.abs(matrix).sum(1).max() * np.finfo(dtype).eps
+        np.testing.assert_allclose(values, np.linalg.eigvalsh(matrix), rtol=0, atol=10 * scale)
+        assert np.all(np.diff(values) >= 0)
+
+
+def test_symmetric_eigenvalues_take_square_matrices_of_one_of_two_types():
+    with pytest.raises(ValueError, match="shape .count, n, n."):
+        _native.symmetric_eigenvalues(np.ones((2, 3, 4)))
+    with pytest.raises(TypeError):
+        _native.symmetric_eigenvalues(np.ones((1, 3, 3), dtype=np.int64))
+    assert _native.symmetric_eigenvalues(np.ones((0, 3, 3))).shape == (0, 3)
 
 
 def test_native_checks_the_shape_of_its_arguments():

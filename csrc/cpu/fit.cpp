@@ -139,12 +139,8 @@ Fit fit_one(const double* values, int64_t n, const FitOptions& options) {
   }
   if (choice.start < 0) return unfitted(Reason::no_candidate);
   if (!(choice.alpha <= options.max_alpha)) return unfitted(Reason::all_equal);
-  return {choice.alpha,
-          values[choice.start],
-          logs.distance(choice.start, choice.alpha),
-          choice.start,
-          n - choice.start,
-          Reason::fitted};
+  return {choice.alpha, values[choice.start], logs.distance(choice.start, choice.alpha),
+          choice.start, n - choice.start,     Reason::fitted};
 }
 
 }  // namespace

@@ -38,12 +38,15 @@ bool has_avx512() {
 }
 #endif
 
+#define TB_KERNELS(isa) \
+  Kernels { #isa, isa::ks_distance, isa::tridiagonalize_f32, isa::tridiagonalize_f64 }
+
 const std::vector<Kernels>& available() {
   static const std::vector<Kernels> found = [] {
-    std::vector<Kernels> table{{"scalar", scalar::ks_distance}};
+    std::vector<Kernels> table{TB_KERNELS(scalar)};
 #if defined(TB_X86)
-    if (has_avx2()) table.push_back({"avx2", avx2::ks_distance});
-    if (has_avx512()) table.push_back({"avx512", avx512::ks_distance});
+    if (has_avx2()) table.push_back(TB_KERNELS(avx2));
+    if (has_avx512()) table.push_back(TB_KERNELS(avx512));
 #endif
     return table;
   }();

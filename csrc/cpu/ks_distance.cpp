@@ -1,18 +1,11 @@
 // Kolmogorov-Smirnov distance between a tail and its power law. Compiled once per instruction set:
 // plain loops over blocks of lanes that the compiler turns into vectors. Nothing from the standard
 // library's templates is used, so no code compiled for AVX-512 can be linked into the scalar path.
-#include "cpu/isa.h"
-
 #include <cstdint>
 #include <cstring>
 
-#if defined(TB_ISA_AVX512)
-#define TB_ISA avx512
-#elif defined(TB_ISA_AVX2)
-#define TB_ISA avx2
-#else
-#define TB_ISA scalar
-#endif
+#include "cpu/isa.h"
+#include "cpu/vec.h"
 
 namespace tb {
 namespace TB_ISA {

@@ -1,4 +1,4 @@
-"""Exact spectra: Gram matrix on the shorter side, values-only eigensolver, one layer per thread.
+"""Exact spectra: Gram matrix on the shorter side, values-only eigensolver, one layer a thread.
 
 The Gram matrix squares the condition number, so its eigenvalues come with an absolute error of a
 few eps * lambda_max. Each spectrum is computed in the cheapest of three ways, and the spectrum
@@ -25,6 +25,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from tbfast import _native
 from tbfast.backends.threads import parallel_map
 from tbfast.precision import (
     AVERAGED_TOLERANCE,
@@ -40,6 +41,8 @@ _PANEL = 1 << 21  # elements converted at a time: 16 MiB of float64
 _BATCH = 1 << 17  # elements of a batch of small matrices
 _BLOCKS = 4  # column blocks of a Gram product: 10 of 16 block products instead of all
 _SMALL = 256  # columns below which matrices are batched, and blocks and float32 gain nothing
+# Columns from which MKL's solver is faster than ours, whose matrix then leaves the cache.
+_LAPACK_ABOVE = {torch.float32: 1400, torch.float64: 1200}
 _SQUARE = 0.7  # short / long side above which a random spectrum reaches below float32's noise
 
 
@@ -150,8 +153,9 @@ def _float32_values(matrix: Tensor) -> Tensor | None:
     # Nearly square matrices need the float64 Gram matrix anyway, for their rank.
     square = cols > _SQUARE * rows
     gram = _gram(finite, exponents, torch.float64 if square else torch.float32)
-    single = torch.complex64 if gram.is_complex() else torch.float32
-    values = torch.linalg.eigvalsh(gram.to(single)).double()
+    values = _symmetric_eigenvalues(
+        gram.to(torch.complex64 if gram.is_complex() else torch.float32)
+    )
     if values.amin() < CERTAINLY_POSITIVE * _EPS32 * values.amax():
         if not square or (floor := _certified_floor(gram, matrix)) is None:
             return None
@@ -161,7 +165,7 @@ def _float32_values(matrix: Tensor) -> Tensor | None:
 
 def _float64_values(matrices: Tensor) -> Tensor:
     finite, exponents = _exponents(matrices)
-    return _rescaled(torch.linalg.eigvalsh(_gram(finite, exponents, torch.float64)), exponents)
+    return _rescaled(_symmetric_eigenvalues(_gram(finite, exponents, torch.float64)), exponents)
 
 
 def _singular_values(matrices: Tensor) -> Tensor:
@@ -198,7 +202,7 @@ def _converted(matrices: Tensor, exponents: Tensor, real: torch.dtype) -> Tensor
 
 
 def _gram(matrices: Tensor, exponents: Tensor, real: torch.dtype) -> Tensor:
-    """Lower triangle of WᴴW of matrices (count, rows, cols), scaled; the upper is undefined.
+    """Upper triangle of WᴴW of matrices (count, rows, cols), scaled; the lower is undefined.
 
     Panels of rows keep the converted copy small; their size depends on the shape alone, so the
     order of summation, and the result to the bit, does not depend on threads.
@@ -214,7 +218,7 @@ def _gram(matrices: Tensor, exponents: Tensor, real: torch.dtype) -> Tensor:
     for top in range(0, rows, height):
         panel = _converted(matrices[:, top : top + height], exponents, real)
         for left, right in pairwise(edges):
-            gram[:, left:right, :right] += panel[:, :, left:right].mH @ panel[:, :, :right]
+            gram[:, left:right, left:] += panel[:, :, left:right].mH @ panel[:, :, left:]
     return gram
 
 
@@ -227,4 +231,13 @@ def _certified_floor(gram: Tensor, matrix: Tensor) -> float | None:
     diagonal = gram.diagonal(dim1=-2, dim2=-1)
     floor = 4 * zero_threshold(matrix, float(diagonal.real.sum()))
     diagonal.sub_(floor)
-    return floor if bool(torch.linalg.cholesky_ex(gram).info.eq(0).all()) else None
+    factorised = torch.linalg.cholesky_ex(gram, upper=True).info.eq(0)
+    return floor if bool(factorised.all()) else None
+
+
+def _symmetric_eigenvalues(gram: Tensor) -> Tensor:
+    """Eigenvalues (count, cols) in float64 of Hermitian matrices given by their upper triangles."""
+    if gram.is_complex() or gram.shape[1] > _LAPACK_ABOVE[gram.dtype]:
+        values: Tensor = torch.linalg.eigvalsh(gram, UPLO="U")
+        return values.double()
+    return torch.from_numpy(_native.symmetric_eigenvalues(gram.numpy()))

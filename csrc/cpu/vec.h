@@ -1,0 +1,120 @@
+// A short vector of T: the compiler's vector type where there is one, else an array. Included only
+// by files that are compiled once per instruction set; everything lives in that set's namespace.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <utility>
+
+#if defined(_MSC_VER)
+#include <math.h>
+#endif
+
+#if defined(TB_ISA_AVX512)
+#define TB_ISA avx512
+#define TB_VECTOR_BYTES 64
+#elif defined(TB_ISA_AVX2)
+#define TB_ISA avx2
+#define TB_VECTOR_BYTES 32
+#else
+#define TB_ISA scalar
+#define TB_VECTOR_BYTES 16
+#endif
+
+namespace tb {
+namespace TB_ISA {
+
+// sqrt without <cmath>, whose inline functions must not be instantiated for a wider machine.
+inline double square_root(double x) {
+#if defined(__GNUC__)
+  return __builtin_sqrt(x);
+#else
+  return sqrt(x);
+#endif
+}
+
+#if defined(TB_ISA_AVX512)
+constexpr int kWidth = 8;  // columns of a symmetric product at a time: sums and scales in registers
+#else
+constexpr int kWidth = 4;
+#endif
+
+#if defined(__GNUC__)
+
+template <typename T>
+struct Vec {
+  static constexpr int size = TB_VECTOR_BYTES / sizeof(T);
+  typedef T Data __attribute__((vector_size(TB_VECTOR_BYTES)));
+  Data data;
+
+  static Vec load(const T* from) {
+    Vec out;
+    std::memcpy(&out.data, from, sizeof(Data));
+    return out;
+  }
+  void store(T* to) const { std::memcpy(to, &data, sizeof(Data)); }
+  static Vec fill(T value) { return {value - Data{}}; }
+  static Vec zero() { return {Data{}}; }
+  void add_product(Vec a, Vec b) { data += a.data * b.data; }
+  friend Vec operator+(Vec a, Vec b) { return {a.data + b.data}; }
+  friend Vec operator-(Vec a, Vec b) { return {a.data - b.data}; }
+  T sum() const { return fold<size / 2>(data); }
+
+ private:
+  // Adds the halves, then the quarters, ...
+  template <int kHalf>
+  static T fold(Data d) {
+    if constexpr (kHalf == 0) {
+      return d[0];
+    } else {
+      d += flipped<kHalf>(d, std::make_integer_sequence<int, size>());
+      return fold<kHalf / 2>(d);
+    }
+  }
+  template <int kHalf, int... kLane>
+  static Data flipped(Data d, std::integer_sequence<int, kLane...>) {
+    return __builtin_shufflevector(d, d, (kLane ^ kHalf)...);
+  }
+};
+
+#else
+
+template <typename T>
+struct Vec {
+  static constexpr int size = TB_VECTOR_BYTES / sizeof(T);
+  T data[size];
+
+  static Vec load(const T* from) {
+    Vec out;
+    std::memcpy(out.data, from, sizeof(out.data));
+    return out;
+  }
+  void store(T* to) const { std::memcpy(to, data, sizeof(data)); }
+  static Vec fill(T value) {
+    Vec out;
+    for (T& x : out.data) x = value;
+    return out;
+  }
+  static Vec zero() { return fill(T(0)); }
+  void add_product(Vec a, Vec b) {
+    for (int i = 0; i < size; ++i) data[i] += a.data[i] * b.data[i];
+  }
+  friend Vec operator+(Vec a, Vec b) {
+    for (int i = 0; i < size; ++i) a.data[i] += b.data[i];
+    return a;
+  }
+  friend Vec operator-(Vec a, Vec b) {
+    for (int i = 0; i < size; ++i) a.data[i] -= b.data[i];
+    return a;
+  }
+  T sum() const {
+    T total = 0;
+    for (T x : data) total += x;
+    return total;
+  }
+};
+
+#endif
+
+}  // namespace TB_ISA
+}  // namespace tb
