@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tbfast.alpha import AlphaFit, fit_alpha
-    from tbfast.attach import attach
     from tbfast.balancer import Balancer
+    from tbfast.groups import param_groups
+    from tbfast.instep import attach
     from tbfast.rates import lr_factors
     from tbfast.report import LayerSpectrum, Report, analyze
-    from tbfast.scheduler import TempBalance, param_groups
+    from tbfast.scheduler import TempBalance
     from tbfast.spectra import eigenvalues
 
 __version__ = "0.1.0"
@@ -40,11 +41,11 @@ _HOME = {
     "Report": "tbfast.report",
     "TempBalance": "tbfast.scheduler",
     "analyze": "tbfast.report",
-    "attach": "tbfast.attach",
+    "attach": "tbfast.instep",
     "eigenvalues": "tbfast.spectra",
     "fit_alpha": "tbfast.alpha",
     "lr_factors": "tbfast.rates",
-    "param_groups": "tbfast.scheduler",
+    "param_groups": "tbfast.groups",
 }
 
 

@@ -178,11 +178,13 @@ def test_symmetric_eigenvalues_are_lapacks(n, dtype, isa, monkeypatch):
     ).astype(dtype)
     upper_only = np.triu(matrices) + np.tril(np.full((n, n), np.nan, dtype), -1)
     found = _native.symmetric_eigenvalues(upper_only)
-    # Backward stability: eps of the dtype times the norm, times a modest power of n (LAPACK's own
-    # error bound has one too).
+    # Backward stability: eps of the dtype times the norm, times a bound that grows with n as
+    # LAPACK's does; the worst seen is 18, for the matrix of ones with n = 200 in float32.
     for values, matrix in zip(found, matrices.astype(np.float64), strict=True):
         scale = np.abs(matrix).sum(1).max() * np.finfo(dtype).eps
-        np.testing.assert_allclose(values, np.linalg.eigvalsh(matrix), rtol=0, atol=10 * scale)
+        np.testing.assert_allclose(
+            values, np.linalg.eigvalsh(matrix), rtol=0, atol=(5 + n / 4) * scale
+        )
         assert np.all(np.diff(values) >= 0)
 
 

@@ -38,6 +38,7 @@ from tbfast.precision import (
 _EPS32 = torch.finfo(torch.float32).eps
 _EPS64 = torch.finfo(torch.float64).eps
 _PANEL = 1 << 21  # elements converted at a time: 16 MiB of float64
+_LITTLE = 1 << 13  # elements of a call that is over before a Gram matrix has been set up
 _BATCH = 1 << 17  # elements of a batch of small matrices
 _BLOCKS = 4  # column blocks of a Gram product: 10 of 16 block products instead of all
 _SMALL = 256  # columns below which matrices are batched, and blocks and float32 gain nothing
@@ -76,8 +77,9 @@ def eigenvalues(stacks: Sequence[Tensor], shares: Sequence[float] | None = None)
         all NaN if a weight is not finite.
     """
     shares = [1.0] * len(stacks) if shares is None else shares
-    found: dict[int, Tensor] = {}
-    light = [i for i, stack in enumerate(stacks) if shares[i] < 1 and _suits_float32(stack)]
+    found = _little_spectra(stacks)
+    rest = [i for i in range(len(stacks)) if i not in found]
+    light = [i for i in rest if shares[i] < 1 and _suits_float32(stacks[i])]
     for i, values in _compute(stacks, light, _float32_values).items():
         if _reaches(values, shares[i], _EPS32):
             found[i] = values
@@ -89,6 +91,19 @@ def eigenvalues(stacks: Sequence[Tensor], shares: Sequence[float] | None = None)
     rest = [i for i in range(len(stacks)) if i not in found]
     found |= _compute(stacks, rest, _singular_values)
     return [found[i] for i in range(len(stacks))]
+
+
+def _little_spectra(stacks: Sequence[Tensor]) -> dict[int, Tensor]:
+    """Spectra of a few little stacks by singular values at once: there the fixed costs count."""
+    if sum(stack.numel() for stack in stacks) > _LITTLE:
+        return {}
+    spectra = {}
+    for i, stack in enumerate(stacks):
+        wide = torch.complex128 if stack.is_complex() else torch.float64
+        matrices = stack.detach().to("cpu", wide)
+        if 1e-100 < float(matrices.abs().amax()) < 1e100:  # finite, and safe to square
+            spectra[i] = torch.linalg.svdvals(matrices).square().flatten().sort().values
+    return spectra
 
 
 def _compute(stacks: Sequence[Tensor], which: Sequence[int], way: _Way) -> dict[int, Tensor]:

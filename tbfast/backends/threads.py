@@ -19,6 +19,9 @@ from tbfast import _native
 T = TypeVar("T")
 R = TypeVar("R")
 
+# Floating-point operations, about a tenth of a millisecond: less than waking a worker is worth.
+_WORTH_A_THREAD = 1e6
+
 _lock = Lock()
 _pool: ThreadPoolExecutor | None = None
 _pool_key: tuple[int, int] | None = None  # (process, threads) the pool was made for
@@ -27,11 +30,11 @@ _pool_key: tuple[int, int] | None = None  # (process, threads) the pool was made
 def parallel_map(task: Callable[[T], R], items: Sequence[T], cost: Callable[[T], float]) -> list[R]:
     """``[task(item) for item in items]``, run on the pool in order of falling cost.
 
-    A single item runs in the calling thread, with as many threads as torch gives it.
+    A little work is done in the calling thread at once.
     """
-    if len(items) < 2:
-        return [task(item) for item in items]
     order = sorted(range(len(items)), key=lambda i: -cost(items[i]))
+    if sum(map(cost, items)) < _WORTH_A_THREAD:
+        return [task(item) for item in items]
     pool = _workers(_native.num_threads())
     futures = {i: pool.submit(task, items[i]) for i in order}
     try:
