@@ -123,7 +123,7 @@ class Balancer:
 
         Raises:
             ValueError: If a tensor does not have the shape of its layer.
-            FloatingPointError: If no layer was finite in 3 refreshes in a row.
+            RuntimeError: If no layer was finite in 3 refreshes in a row.
         """
         if not self._measures:
             return

@@ -127,7 +127,7 @@ class TempBalance(LRScheduler):
         """Step the base scheduler with these arguments, measure if due, set all rates.
 
         Raises:
-            FloatingPointError: If no layer had finite weights in 3 refreshes in a row; the rates
+            RuntimeError: If no layer had finite weights in 3 refreshes in a row; the rates
                 are then those of the last step.
         """
         if self.balancer.due:

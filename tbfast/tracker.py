@@ -60,7 +60,7 @@ class Tracker:
 
         Raises:
             ValueError: If a tensor does not have the shape of its layer.
-            FloatingPointError: If no tensor was finite in 3 refreshes in a row.
+            RuntimeError: If no tensor was finite in 3 refreshes in a row.
         """
         rows = self.budget.affordable(list(weights), self.measured_at)
         if not rows:
@@ -77,7 +77,7 @@ class Tracker:
         broken = all(m.fit.reason == Reason.NOT_FINITE.text for m in found)
         self._broken = self._broken + 1 if broken else 0
         if self._broken >= _BROKEN_REFRESHES:
-            raise FloatingPointError(
+            raise RuntimeError(
                 f"no tuned layer was finite in {self._broken} refreshes in a row (step {step}): "
                 "the run has diverged; go back to a checkpoint, and lower the learning rate or "
                 "clip the gradients"

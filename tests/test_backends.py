@@ -94,7 +94,7 @@ def test_bad_thread_count_is_refused_by_name(text, monkeypatch):
         _native.num_threads()
 
 
-def test_threads_and_order_do_not_change_a_bit(monkeypatch):
+def test_threads_order_and_company_do_not_change_a_bit(monkeypatch):
     shapes = [(1, 96, 64), (9, 32, 24), (1, 300, 300), (1, 64, 500), (4, 8, 8)]
     stacks = [random_stack(s, torch.float32, i) for i, s in enumerate(shapes)]
     shares = [0.5, 1.0, 0.5, 0.5, 1.0]
@@ -105,10 +105,12 @@ def test_threads_and_order_do_not_change_a_bit(monkeypatch):
         fits = native.fit([s.numpy() for s in spectra], FitOptions("ks"))
         runs.append((spectra, fits.alpha))
     backwards = native.eigenvalues(stacks[::-1], shares[::-1])[::-1]
+    alone = [native.eigenvalues([s], [share])[0] for s, share in zip(stacks, shares, strict=True)]
     for spectra, alpha in runs[1:]:
         assert all(torch.equal(a, b) for a, b in zip(spectra, runs[0][0], strict=True))
         np.testing.assert_array_equal(alpha, runs[0][1])
-    assert all(torch.equal(a, b) for a, b in zip(backwards, runs[0][0], strict=True))
+    for again in (backwards, alone):
+        assert all(torch.equal(a, b) for a, b in zip(again, runs[0][0], strict=True))
 
 
 def test_torch_keeps_its_threads_beside_the_pool():
@@ -117,6 +119,9 @@ import threading, torch
 torch.set_num_threads(3)
 from tbfast import eigenvalues
 eigenvalues([torch.randn(40, 40) for _ in range(5)])
+from tbfast.backends.threads import parallel_map
+workers = parallel_map(lambda _: torch.get_num_threads(), range(8), lambda _: 1.0)
+assert set(workers) == {1}, workers
 seen = []
 thread = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
 thread.start(); thread.join()
@@ -132,7 +137,6 @@ def test_a_forked_child_measures_with_threads_of_its_own():
     code = """
 import os, torch
 from tbfast import eigenvalues
-torch.set_num_threads(1)  # GNU's OpenMP, under torch, hangs in a forked child if it had threads
 stacks = [torch.eye(30) * i for i in range(1, 5)]
 eigenvalues(stacks)
 child = os.fork()

@@ -6,7 +6,8 @@ found decides whether the next is needed:
 
 1. float32, where the fit looks only at the upper part of the spectrum (``median``, ``tail``) and
    float32 is good enough for that part. The rank must be certain too, because numerical zeros
-   shift the index of xmin: where float32 cannot tell, a Cholesky factorisation in float64 does.
+   shift the index of xmin. The smallest eigenvalues of a nearly square matrix are below the noise
+   of float32, so only slender ones are tried.
 2. float64.
 3. Singular values in float64, where a needed eigenvalue is too small beside lambda_max: badly
    conditioned and rank-deficient matrices.
@@ -32,19 +33,17 @@ from tbfast.precision import (
     CERTAINLY_POSITIVE,
     FULL_TOLERANCE,
     trusted_from,
-    zero_threshold,
 )
 
 _EPS32 = torch.finfo(torch.float32).eps
 _EPS64 = torch.finfo(torch.float64).eps
 _PANEL = 1 << 21  # elements converted at a time: 16 MiB of float64
-_LITTLE = 1 << 13  # elements of a call that is over before a Gram matrix has been set up
 _BATCH = 1 << 17  # elements of a batch of small matrices
 _BLOCKS = 4  # column blocks of a Gram product: 10 of 16 block products instead of all
 _SMALL = 256  # columns below which matrices are batched, and blocks and float32 gain nothing
 # Columns from which MKL's solver is faster than ours, whose matrix then leaves the cache.
 _LAPACK_ABOVE = {torch.float32: 1400, torch.float64: 1200}
-_SQUARE = 0.7  # short / long side above which a random spectrum reaches below float32's noise
+_SLENDER = 0.7  # short / long side above which a random spectrum reaches down to float32's noise
 
 
 @dataclass(frozen=True)
@@ -77,9 +76,8 @@ def eigenvalues(stacks: Sequence[Tensor], shares: Sequence[float] | None = None)
         all NaN if a weight is not finite.
     """
     shares = [1.0] * len(stacks) if shares is None else shares
-    found = _little_spectra(stacks)
-    rest = [i for i in range(len(stacks)) if i not in found]
-    light = [i for i in rest if shares[i] < 1 and _suits_float32(stacks[i])]
+    found: dict[int, Tensor] = {}
+    light = [i for i, stack in enumerate(stacks) if shares[i] < 1 and _suits_float32(stack)]
     for i, values in _compute(stacks, light, _float32_values).items():
         if _reaches(values, shares[i], _EPS32):
             found[i] = values
@@ -91,19 +89,6 @@ def eigenvalues(stacks: Sequence[Tensor], shares: Sequence[float] | None = None)
     rest = [i for i in range(len(stacks)) if i not in found]
     found |= _compute(stacks, rest, _singular_values)
     return [found[i] for i in range(len(stacks))]
-
-
-def _little_spectra(stacks: Sequence[Tensor]) -> dict[int, Tensor]:
-    """Spectra of a few little stacks by singular values at once: there the fixed costs count."""
-    if sum(stack.numel() for stack in stacks) > _LITTLE:
-        return {}
-    spectra = {}
-    for i, stack in enumerate(stacks):
-        wide = torch.complex128 if stack.is_complex() else torch.float64
-        matrices = stack.detach().to("cpu", wide)
-        if 1e-100 < float(matrices.abs().amax()) < 1e100:  # finite, and safe to square
-            spectra[i] = torch.linalg.svdvals(matrices).square().flatten().sort().values
-    return spectra
 
 
 def _compute(stacks: Sequence[Tensor], which: Sequence[int], way: _Way) -> dict[int, Tensor]:
@@ -145,7 +130,8 @@ def _batches(stacks: Sequence[Tensor], which: Sequence[int]) -> list[_Batch]:
 
 
 def _suits_float32(stack: Tensor) -> bool:
-    return not _is_wide(stack) and len(stack) == 1 and min(stack.shape[1:]) >= _SMALL
+    short, long = sorted(stack.shape[1:])
+    return not _is_wide(stack) and len(stack) == 1 and _SMALL <= short <= _SLENDER * long
 
 
 def _is_wide(stack: Tensor) -> bool:
@@ -164,17 +150,9 @@ def _reaches(values: Tensor, share: float, eps: float) -> bool:
 
 def _float32_values(matrix: Tensor) -> Tensor | None:
     finite, exponents = _exponents(matrix)
-    _, rows, cols = matrix.shape
-    # Nearly square matrices need the float64 Gram matrix anyway, for their rank.
-    square = cols > _SQUARE * rows
-    gram = _gram(finite, exponents, torch.float64 if square else torch.float32)
-    values = _symmetric_eigenvalues(
-        gram.to(torch.complex64 if gram.is_complex() else torch.float32)
-    )
+    values = _symmetric_eigenvalues(_gram(finite, exponents, torch.float32))
     if values.amin() < CERTAINLY_POSITIVE * _EPS32 * values.amax():
-        if not square or (floor := _certified_floor(gram, matrix)) is None:
-            return None
-        values.clamp_(min=floor)  # noise in float32, but known not to be zero
+        return None  # zero or not: float32 cannot tell
     return _rescaled(values, exponents)
 
 
@@ -228,26 +206,15 @@ def _gram(matrices: Tensor, exponents: Tensor, real: torch.dtype) -> Tensor:
         return panel.mH @ panel
     edges = [cols * b // _BLOCKS for b in range(_BLOCKS + 1)]
     height = max(1, _PANEL // cols)
-    wide = torch.promote_types(real, torch.complex64) if matrices.is_complex() else real
-    gram = torch.zeros(count, cols, cols, dtype=wide)
-    for top in range(0, rows, height):
+    panel = _converted(matrices[:, :height], exponents, real)
+    gram = panel.new_empty(count, cols, cols)
+    for left, right in pairwise(edges):
+        gram[:, left:right, left:] = panel[:, :, left:right].mH @ panel[:, :, left:]
+    for top in range(height, rows, height):
         panel = _converted(matrices[:, top : top + height], exponents, real)
         for left, right in pairwise(edges):
             gram[:, left:right, left:] += panel[:, :, left:right].mH @ panel[:, :, left:]
     return gram
-
-
-def _certified_floor(gram: Tensor, matrix: Tensor) -> float | None:
-    """A value below all eigenvalues and clear of zero; None if some are numerically zero.
-
-    Sylvester's law: gram - floor * I has a Cholesky factorisation if and only if all eigenvalues
-    of gram are above floor. Changes ``gram``.
-    """
-    diagonal = gram.diagonal(dim1=-2, dim2=-1)
-    floor = 4 * zero_threshold(matrix, float(diagonal.real.sum()))
-    diagonal.sub_(floor)
-    factorised = torch.linalg.cholesky_ex(gram, upper=True).info.eq(0)
-    return floor if bool(factorised.all()) else None
 
 
 def _symmetric_eigenvalues(gram: Tensor) -> Tensor:

@@ -19,9 +19,6 @@ from tbfast import _native
 T = TypeVar("T")
 R = TypeVar("R")
 
-# Floating-point operations, about a tenth of a millisecond: less than waking a worker is worth.
-_WORTH_A_THREAD = 1e6
-
 _lock = Lock()
 _pool: ThreadPoolExecutor | None = None
 _pool_key: tuple[int, int] | None = None  # (process, threads) the pool was made for
@@ -30,11 +27,9 @@ _pool_key: tuple[int, int] | None = None  # (process, threads) the pool was made
 def parallel_map(task: Callable[[T], R], items: Sequence[T], cost: Callable[[T], float]) -> list[R]:
     """``[task(item) for item in items]``, run on the pool in order of falling cost.
 
-    A little work is done in the calling thread at once.
+    Also a single item: in the calling thread its bits would depend on how many threads torch has.
     """
     order = sorted(range(len(items)), key=lambda i: -cost(items[i]))
-    if sum(map(cost, items)) < _WORTH_A_THREAD:
-        return [task(item) for item in items]
     pool = _workers(_native.num_threads())
     futures = {i: pool.submit(task, items[i]) for i in order}
     try:
@@ -56,12 +51,17 @@ def _workers(threads: int) -> ThreadPoolExecutor:
 
 
 def _started_pool(threads: int) -> ThreadPoolExecutor:
-    # torch.set_num_threads acts on the calling thread, and also sets the number that threads torch
-    # has not yet seen start with. So all workers are started at once, and the latter put back.
     default = torch.get_num_threads()
     all_started = Barrier(threads)
-    pool = ThreadPoolExecutor(threads, "tbfast", initializer=torch.set_num_threads, initargs=(1,))
+    pool = ThreadPoolExecutor(threads, "tbfast", initializer=_use_one_thread)
     for future in [pool.submit(all_started.wait) for _ in range(threads)]:
         future.result()
     torch.set_num_threads(default)
     return pool
+
+
+def _use_one_thread() -> None:
+    # torch.set_num_threads acts on the calling thread, and on those that have not yet asked for
+    # their number: so this thread asks first, and the caller of _started_pool puts it back.
+    torch.get_num_threads()
+    torch.set_num_threads(1)
