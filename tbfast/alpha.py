@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
 
 from tbfast.backends import get_backend
 from tbfast.fitting import FitKind, FitOptions, FitTable, Reason
@@ -153,6 +154,11 @@ def _is_single(eigenvalues: Any) -> bool:
 
 
 def _spectrum(values: ArrayLike, row: int) -> Array:
+    if isinstance(values, Tensor):
+        values = values.detach().cpu()
+        values = (values if values.is_complex() else values.double()).numpy()
+    if np.iscomplexobj(values):
+        raise TypeError(f"eigenvalues[{row}] must be real, got complex numbers")
     array = np.asarray(values, dtype=np.float64)
     if array.ndim != 1:
         raise ValueError(f"eigenvalues[{row}] must have shape (n,), got {array.shape}")

@@ -205,6 +205,11 @@ class Balancer:
         Raises:
             ValueError: If the layers of the state are not those of this Balancer.
         """
+        if missing := {"names", "steps", "tracker"} - set(state):
+            raise ValueError(
+                f"this is not a state of a Balancer: it has no {min(missing)!r}; pass what "
+                "Balancer.state_dict() returned"
+            )
         names = [layer.name for layer in self.layers]
         if odd := sorted(set(names) ^ set(state["names"])):
             where = "this Balancer" if odd[0] in names else "the state"

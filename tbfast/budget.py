@@ -11,6 +11,9 @@ import torch
 # Below this a complete refresh is cheap enough to keep the run reproducible.
 FREE_SECONDS = 0.05
 
+# Complete refreshes before any is rationed: the first is slow for reasons of its own.
+_TRIALS = 3
+
 
 class Budget:
     """Clock of the measurements, and the rationing of them.
@@ -31,6 +34,7 @@ class Budget:
         self.spent = 0.0
         self._weights = list(costs)
         self._seconds = [math.inf] * len(costs)  # least cost measured of each layer
+        self._records = 0
         self._began: float | None = None
 
     def begin(self) -> None:
@@ -47,7 +51,7 @@ class Budget:
         cost = [seconds if seconds < math.inf else 0.0 for seconds in self._seconds]
         if self.share is None or self._began is None:
             return list(rows)
-        if sum(cost) <= FREE_SECONDS or _processes() > 1:
+        if self._records < _TRIALS or sum(cost) <= FREE_SECONDS or _processes() > 1:
             return list(rows)
         left = self.share * (time.perf_counter() - self._began - self.spent) - self.spent
         chosen = []
@@ -60,6 +64,7 @@ class Budget:
 
     def record(self, rows: Sequence[int], seconds: float) -> None:
         """Note what a joint measurement of ``rows`` took."""
+        self._records += 1
         whole = sum(self._weights[row] for row in rows)
         for row in rows:
             part = seconds * self._weights[row] / whole

@@ -93,6 +93,8 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     Raises:
         CheckpointError: If there is none, or it is damaged, hostile or of no known format.
     """
+    if not os.fspath(path):
+        raise CheckpointError("the path of the checkpoint is empty; name a file or folder")
     path = Path(path)
     if not os.path.exists(path):
         raise CheckpointError.of(path, "does not exist; check the path")
@@ -256,6 +258,11 @@ def _torch_fault(error: Exception) -> str:
         return (
             f"is a pickle of more than weights ('{match[1]}') and was not loaded, because that "
             "could run its code; save model.state_dict() instead"
+        )
+    if "Weights only load failed" in text:
+        return (
+            "is a pickle of more than weights and was not loaded, because that could run its "
+            "code; save model.state_dict() with torch.save instead"
         )
     if "TorchScript" in text:
         return "is a TorchScript archive; save model.state_dict() instead"

@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from tbfast import __version__
@@ -105,9 +106,12 @@ def _parser() -> argparse.ArgumentParser:
 def _analyze(options: argparse.Namespace) -> int:
     from tbfast.files import check_writable
 
-    for path in (options.json, options.csv, options.html, options.plot):
-        if path is not None and path != "-":
-            check_writable(path)
+    outputs = [options.csv, options.html, options.plot]
+    outputs += [options.json] if options.json != "-" else []
+    given = [path for path in outputs if path is not None]
+    for path in given:
+        check_writable(path)
+    _check_distinct(options.checkpoint, given)
     if options.plot is not None:
         from tbfast.plot import check_plot
 
@@ -176,6 +180,23 @@ def _show(report: Report) -> None:
     if report.alphas:
         legend = "Yellow: the largest alpha. Less trained layers have a larger alpha, but so do "
         console.print(Text(f"{legend}matrices far from square.", style="dim"))
+
+
+def _check_distinct(checkpoint: str, outputs: list[str]) -> None:
+    """Refuse outputs that would overwrite each other or a file of the checkpoint."""
+    source = Path(checkpoint).resolve()
+    kept = {source, *source.iterdir()} if source.is_dir() else {source}
+    if source.name.endswith(".index.json"):
+        kept.update(source.parent.iterdir())
+    for path in outputs:
+        target = Path(path).resolve()
+        if target in kept:
+            raise ValueError(
+                f"cannot write '{path}': the name is taken by the checkpoint, its folder or "
+                "another output; choose another name"
+            )
+        if target.is_file() or not target.exists():  # a device takes any number
+            kept.add(target)
 
 
 def _doctor(options: argparse.Namespace) -> int:

@@ -19,7 +19,7 @@ def write_whole(path: PathLike, content: str | bytes) -> None:
         OSError: If the folder is missing or not writable.
     """
     # The real path: replacing a link would leave the file it points to as it was.
-    target = Path(os.path.realpath(path))
+    target = _target(path)
     data = content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content
     if target.exists() and not (target.is_file() or target.is_dir()):
         target.write_bytes(data)
@@ -29,8 +29,18 @@ def write_whole(path: PathLike, content: str | bytes) -> None:
     try:
         temporary.write_bytes(data)
         temporary.replace(target)
+    except OSError as error:
+        raise OSError(
+            f"cannot write '{path}': {error.strerror or error}; choose another place"
+        ) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _target(path: PathLike) -> Path:
+    """What is written: the file behind a link, but a device or pipe by its own name."""
+    given = Path(path)
+    return given if given.exists() and not given.is_file() else Path(os.path.realpath(path))
 
 
 def check_writable(path: PathLike) -> None:
@@ -39,7 +49,9 @@ def check_writable(path: PathLike) -> None:
     Raises:
         OSError: One line that names the path and the remedy.
     """
-    target = Path(os.path.realpath(path))
+    target = _target(path)
+    if target.exists() and not (target.is_file() or target.is_dir()):
+        return  # a device or a pipe
     folder = target.parent
     if target.is_dir():
         raise IsADirectoryError(f"cannot write '{path}': it is a folder; name a file in it")

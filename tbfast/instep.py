@@ -12,11 +12,9 @@ from torch.optim import LBFGS, Optimizer
 
 from tbfast.balancer import Balancer
 from tbfast.matrices import Pattern
-from tbfast.optim import seen_tensor, was_skipped
+from tbfast.optim import check_free, claim, release, seen_tensor, was_skipped
 from tbfast.presets import TieNorms, select_options
 from tbfast.selection import TunedLayer, tuned_layers
-
-_ATTACHED: weakref.WeakSet[Optimizer] = weakref.WeakSet()
 
 
 def attach(
@@ -52,14 +50,13 @@ def attach(
         **options: See :class:`tbfast.TempBalance`.
 
     Raises:
-        ValueError: If the optimizer has one attached already, no layer is left to tune, or an
-            option is out of range.
+        ValueError: If the optimizer has factors already, no layer is left to tune, or an option is
+            out of range.
         TypeError: On ``LBFGS``, or an option that does not exist.
     """
+    check_free(optimizer)
     if isinstance(optimizer, LBFGS):
         raise TypeError("LBFGS has one learning rate for all parameters; use another optimizer")
-    if optimizer in _ATTACHED:
-        raise ValueError("the optimizer has a Balancer attached; call its .detach() first")
     given = {
         "skip_first": skip_first,
         "skip_last": skip_last,
@@ -96,12 +93,12 @@ class _Attached(Balancer):
             )
         super().__init__(layers, preset=preset, **options)
         self.update(self._seen())
+        claim(optimizer)
         self._handles = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
         ]
         self._guard()
-        _ATTACHED.add(optimizer)
 
     def detach(self) -> None:
         """Take the factors off the optimizer; its groups and steps are then plain again."""
@@ -113,7 +110,7 @@ class _Attached(Balancer):
                 del self._optimizer.__dict__["step"]
             else:
                 self._optimizer.__dict__["step"] = self._unguarded
-        _ATTACHED.discard(self._optimizer)
+        release(self._optimizer)
 
     def _guard(self) -> None:
         """Wrap ``optimizer.step`` so that the groups come back if it raises.

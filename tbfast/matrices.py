@@ -14,7 +14,9 @@ conv       (out, in / groups, *kernel)    one (out, in / groups) slice per kerne
                                           transpose have the same eigenvalues
 spectral   (in, out, *modes), complex     one complex (in, out) matrix per Fourier mode
 packed     (3 d, in), ``in_proj_weight``  three (d, in) matrices: query, key, value
-experts    (experts, in, out)             one matrix per expert
+experts    (experts, in, out)             one matrix per expert; in a module that is no
+                                          convolution every real 3-D parameter, ``nn.Bilinear``
+                                          included
 ========== ============================== ==================================================
 
 Published for ``nn.Linear`` and ``nn.Conv2d`` only (Zhou et al., "Temperature Balancing,
@@ -30,9 +32,12 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Literal
+from typing import Any, Literal
 
+import numpy as np
+import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 Kind = Literal["linear", "conv", "spectral", "packed", "experts"]
 Role = Literal["embedding", "head"]
@@ -134,6 +139,26 @@ def guess_role(name: str) -> Role | None:
     return "head" if last in _HEAD_NAMES or parts[0] in _HEAD_NAMES else None
 
 
+def as_tensor(value: Any, label: str) -> Tensor:
+    """A tensor, or the array as one, without changing or sharing what torch cannot share.
+
+    Raises:
+        TypeError: If it is neither, or an array of a dtype that torch does not know.
+    """
+    if isinstance(value, Tensor):
+        return value
+    if not isinstance(value, np.ndarray):
+        raise TypeError(f"{label} must be a tensor or an array, got {type(value).__name__}")
+    array = np.ascontiguousarray(value, dtype=value.dtype.newbyteorder("="))
+    array = array if array.flags.writeable else array.copy()
+    try:
+        return torch.from_numpy(array)
+    except TypeError as error:
+        raise TypeError(
+            f"{label} has the dtype {value.dtype}, which torch does not know"
+        ) from error
+
+
 def is_analysable(tensor: Tensor) -> bool:
     """Whether a tensor is a weight: floating point or complex, two or more dimensions."""
     return tensor.ndim >= 2 and (tensor.is_floating_point() or tensor.is_complex())
@@ -198,8 +223,9 @@ def find_layers(
 
 def _layer(path: str, module: nn.Module, short: str, name: str, parameter: Tensor) -> Layer:
     kind = guess_kind(name, parameter)
-    if kind == "linear" and isinstance(module, nn.MultiheadAttention) and short == "in_proj_weight":
-        kind = "packed"
+    # Here, unlike in a checkpoint, the module tells: nn.Bilinear and batched matrices of one's own.
+    if kind == "conv" and parameter.ndim == 3 and not isinstance(module, _ConvNd):
+        kind = "experts"
     role: Role | None = guess_role(name)
     if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
         role = "embedding"

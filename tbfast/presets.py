@@ -7,7 +7,6 @@ preset's value; any other value wins over the preset.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal
@@ -156,8 +155,13 @@ def _check(o: Options) -> None:
     _check_whole("history", o.history, 0)
     _check_whole("rate_classes", 2 if o.rate_classes is None else o.rate_classes, 2)
     _check_whole("start", 0 if o.start == "auto" else o.start, 0)
-    if o.budget is not None and not 0 < o.budget < math.inf:
-        raise ValueError(f"budget must be above 0, or None for no limit; got {o.budget!r}")
+    if o.budget is not None and not 0 < o.budget <= 1:
+        raise ValueError(f"budget must lie in (0, 1], or be None for no limit; got {o.budget!r}")
+    if o.shape_correction == "null" and o.mapping in ("sqrt", "log2"):
+        raise ValueError(
+            f"mapping={o.mapping!r} needs alphas above 1, which shape_correction='null' does not "
+            "keep; use mapping='linear'"
+        )
     if not 0 <= o.ema < 1:
         raise ValueError(f"ema must lie in [0, 1), got {o.ema!r}")
     for option, asks in (

@@ -71,6 +71,8 @@ def lr_factors(
     """
     check_mapping(mapping, low, high, options)
     if mapping == "fixed":
+        if alpha is not None and len(alpha) != len(options["names"]):
+            raise ValueError(f"got {len(alpha)} alphas but {len(options['names'])} names")
         ratios = fixed_factors(options["names"], options["factors"])
         result = torch.tensor(ratios, dtype=torch.float64)
         like = alpha if isinstance(alpha, Tensor) else None
@@ -113,6 +115,10 @@ def fixed_factors(names: Sequence[str], factors: Mapping[str, float]) -> list[fl
     for glob, ratio in factors.items():
         if not 0 < ratio < math.inf:
             raise ValueError(f"factors[{glob!r}] must be finite and above 0, got {ratio!r}")
+    if names and factors and not any(fnmatchcase(name, glob) for name in names for glob in factors):
+        raise ValueError(
+            f"factors match no layer: globs {', '.join(factors)}; layers {', '.join(names[:3])}"
+        )
     return [
         next((float(ratio) for glob, ratio in factors.items() if fnmatchcase(name, glob)), 1.0)
         for name in names

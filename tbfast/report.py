@@ -241,7 +241,11 @@ def analyze(
         backend: ``"auto"``, ``"native"`` or ``"reference"``.
         seed: For the randomized method; exact results do not depend on it.
         progress: True for a progress bar, or a callable ``(done, total, name)``.
-        **options: Those of the fit, and ``filter_zeros``; see :func:`tbfast.fit_alpha`.
+        **options: Those of the fit; see :func:`tbfast.fit_alpha`. ``filter_zeros``: eigenvalues at
+            or below this are dropped before the fit (published: 1e-5). None: those that rounding
+            the weights could have made, (8 eps |W|_F (1/sqrt(M) + 1/sqrt(N)))² or less, eps that
+            of float32 for float32 and narrower: sharper than max(M, N) eps lambda_max, which
+            would drop the smallest eigenvalues of every square random matrix.
 
     Returns:
         :class:`Report`, a sequence of :class:`LayerSpectrum` in model order. A layer that cannot

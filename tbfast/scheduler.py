@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from tbfast.balancer import Balancer
 from tbfast.fitting import FitKind
 from tbfast.matrices import Layer
-from tbfast.optim import seen_tensor, was_skipped
+from tbfast.optim import check_free, claim, release, seen_tensor, was_skipped
 from tbfast.presets import GroupBy, Of
 from tbfast.rates import MappingName
 from tbfast.spectra import Method
@@ -88,6 +88,7 @@ class TempBalance(LRScheduler):
         backend: str = "auto",
         **options: Any,
     ) -> None:
+        check_free(optimizer)
         _check_base(optimizer, base)
         self.optimizer = optimizer
         self.base = base
@@ -115,13 +116,13 @@ class TempBalance(LRScheduler):
         self.last_epoch = 0
         self._step_count = 1  # torch counts the initial step
         self._in_step = False
-        self._handles = [
-            optimizer.register_step_pre_hook(self._before_step),
-            optimizer.register_step_post_hook(self._after_step),
-        ]
+        _unshare_rates(optimizer)
         self._base_rates = self._read()
+        self.base_lrs = list(self._base_rates.values())
         self._measure()
+        self._count_steps()
         self._write()
+        claim(optimizer)
 
     def step(self, *args: Any, **kwargs: Any) -> None:
         """Step the base scheduler with these arguments, measure if due, set all rates.
@@ -130,6 +131,8 @@ class TempBalance(LRScheduler):
             RuntimeError: If no layer had finite weights in 3 refreshes in a row; the rates
                 are then those of the last step.
         """
+        if self._handles[1].id not in self.optimizer._optimizer_step_post_hooks:
+            self._count_steps()  # copying or unpickling an optimizer leaves its hooks behind
         if self.balancer.due:
             self._measure()
         if self.base is None:
@@ -147,6 +150,15 @@ class TempBalance(LRScheduler):
         self._step_count += 1
         self._write()
 
+    def detach(self) -> None:
+        """Give every group its base rate, and the optimizer back to others."""
+        for key, group in _keyed(self.optimizer):
+            if key in self._base_rates:
+                _set_rate(group, self._base_rates[key])
+        for handle in self._handles:
+            handle.remove()
+        release(self.optimizer)
+
     def state_dict(self) -> dict[str, Any]:
         """State of the base scheduler, the balancer and the rates; plain numbers and containers."""
         return {
@@ -162,6 +174,11 @@ class TempBalance(LRScheduler):
 
         Before or after ``optimizer.load_state_dict``: both give the same rates.
         """
+        if missing := {"base", "balancer", "base_rates"} - set(state_dict):
+            raise ValueError(
+                f"this is not a state of TempBalance: it has no {min(missing)!r}; pass what "
+                "TempBalance.state_dict() returned"
+            )
         if (state_dict["base"] is None) != (self.base is None):
             raise ValueError(
                 "the state was saved "
@@ -195,6 +212,12 @@ class TempBalance(LRScheduler):
             _set_rate(group, self._base_rates.setdefault(key, float(group["lr"])) * factor)
         self._written = self._read()
         self._last_lr: list[float | Tensor] = list(self._written.values())
+
+    def _count_steps(self) -> None:
+        self._handles = [
+            self.optimizer.register_step_pre_hook(self._before_step),
+            self.optimizer.register_step_post_hook(self._after_step),
+        ]
 
     # A step function that calls its parent's fires both hooks twice: only a pair counts.
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
@@ -279,6 +302,15 @@ def _tuned_groups(optimizer: Optimizer) -> dict[str, Layer]:
 def _keyed(optimizer: Optimizer) -> list[tuple[str, dict[str, Any]]]:
     groups = optimizer.param_groups
     return [(group.get("name", f"#{index}"), group) for index, group in enumerate(groups)]
+
+
+def _unshare_rates(optimizer: Optimizer) -> None:
+    """Give each group a tensor of its own where one tensor is the rate of several."""
+    seen: set[int] = set()
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor) and id(group["lr"]) in seen:
+            group["lr"] = group["lr"].clone()
+        seen.add(id(group["lr"]))
 
 
 def _set_rate(group: dict[str, Any], rate: float) -> None:

@@ -6,8 +6,9 @@ The published rules (Zhou et al. 2023; Liu et al. 2024) as data: see ``presets.S
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
-from torch import nn
+from torch import Tensor, nn
 
 from tbfast.matrices import Layer, Pattern, block_of, find_layers
 from tbfast.presets import Selection
@@ -52,8 +53,16 @@ def tuned_layers(
     large = [layer for layer in analysed if layer.n_eigs >= selection.min_eigs]
     kept = large if selection.skip_small_first else analysed
     kept = kept[int(selection.skip_first) :]
-    kept = kept[: len(kept) - 1] if selection.skip_last else kept
+    if selection.skip_last and not (_ends_in_tied_head(model) and not selection.embeddings):
+        kept = kept[:-1]
     tuned = [layer for layer in kept if layer.n_eigs >= selection.min_eigs]
+    if not analysed:
+        asked = f" with include={include!r}, exclude={exclude!r}" if include or exclude else ""
+        some = [name for name, p in model.named_parameters() if p.ndim >= 2][:3]
+        raise ValueError(
+            f"no parameter of the model is analysed{asked}; its first weights with two or more "
+            f"dimensions are {', '.join(some) or 'none'}"
+        )
     if not tuned:
         raise ValueError(
             f"no layer of the model is left to tune: {len(analysed)} analysed, {len(large)} of "
@@ -74,6 +83,22 @@ def tuned_layers(
             members[layer_name].append(norm)
             owned.add(norm)
     return [TunedLayer(layer, tuple(members[layer.name])) for layer in tuned]
+
+
+def _ends_in_tied_head(model: nn.Module) -> bool:
+    """Whether the last module with a matrix shares it with an embedding, as in GPT-2.
+
+    That head is the last layer by the published rule; it is not tuned here, being an embedding.
+    """
+    modules = list(model.modules())
+    tables = {id(m.weight) for m in modules if isinstance(m, (nn.Embedding, nn.EmbeddingBag))}
+    owners = [m for m in modules if isinstance(getattr(m, "weight", None), nn.Parameter)]
+    matrices = [m for m in owners if cast(Tensor, m.weight).ndim >= 2]
+    return (
+        bool(matrices)
+        and id(matrices[-1].weight) in tables
+        and not isinstance(matrices[-1], nn.Embedding)
+    )
 
 
 def _tied_norms(

@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -15,6 +14,7 @@ from tbfast.checkpoint import Checkpoint, CheckpointError, open_checkpoint
 from tbfast.matrices import (
     Layer,
     Pattern,
+    as_tensor,
     find_layers,
     guess_kind,
     guess_role,
@@ -52,7 +52,7 @@ def find_weights(
     tensors, label = _tensors_of(source)
 
     def fetch(name: str) -> Tensor:
-        return _as_tensor(tensors[name], name)
+        return as_tensor(tensors[name], name)
 
     if isinstance(source, nn.Module):
         found = [layer for layer in find_layers(source) if _is_measurable(fetch(layer.name))]
@@ -88,19 +88,6 @@ def _tensors_of(source: Source) -> tuple[Mapping[str, Any], str]:
     if isinstance(source, (str, os.PathLike)):
         return open_checkpoint(source), os.fspath(source)
     raise TypeError(f"source must be a module, a mapping or a path, got {type(source).__name__}")
-
-
-def _as_tensor(value: Any, name: str) -> Tensor:
-    if isinstance(value, Tensor):
-        return value
-    if not isinstance(value, np.ndarray):
-        raise TypeError(f"{name} must be a tensor or an array, got {type(value).__name__}")
-    if not value.flags.writeable or any(stride < 0 for stride in value.strides):
-        value = value.copy()  # torch cannot share these
-    try:
-        return torch.from_numpy(value)
-    except TypeError as error:
-        raise TypeError(f"{name} has the dtype {value.dtype}, which torch does not know") from error
 
 
 def _is_measurable(tensor: Tensor) -> bool:

@@ -17,7 +17,7 @@ from torch import Tensor
 from tbfast.alpha import AlphaFit, fit_spectra
 from tbfast.backends import get_backend
 from tbfast.fitting import FitOptions
-from tbfast.matrices import Kind, as_matrices, eigenvalue_scale
+from tbfast.matrices import Kind, as_matrices, as_tensor, eigenvalue_scale
 from tbfast.precision import zero_threshold
 
 Method = Literal["auto", "exact", "sketch"]
@@ -144,11 +144,14 @@ def _count(stack: Tensor) -> int:
 
 
 def _checked(matrix: Any, label: str) -> Tensor:
-    tensor = torch.as_tensor(matrix)
+    tensor = as_tensor(matrix, label)
     if tensor.ndim != 2 or tensor.numel() == 0:
         raise ValueError(
             f"{label} must have shape (rows, cols), both above 0; got {tuple(tensor.shape)}"
         )
+    if tensor.layout != torch.strided or tensor.is_meta:
+        kind = "on the meta device" if tensor.is_meta else f"of layout {tensor.layout}"
+        raise TypeError(f"{label} must be dense and hold values, but it is {kind}")
     if tensor.dtype not in (*_FLOATS, *_COMPLEX):
         raise TypeError(f"{label} must be floating point or complex, got {tensor.dtype}")
     return tensor.detach()

@@ -5,6 +5,7 @@ import warnings
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -235,3 +236,13 @@ def test_alpha_does_not_change_when_the_spectrum_is_scaled(fit, seed, exponent):
     options = {"k": 30} if fit == "tail" else {}
     scaled = fit_alpha(values * 10.0**exponent, fit, **options)
     assert scaled.alpha == pytest.approx(fit_alpha(values, fit, **options).alpha, rel=1e-9)
+
+
+def test_tensors_of_any_kind_are_spectra_and_complex_numbers_are_not():
+    values = torch.rand(60, generator=torch.Generator().manual_seed(0))
+    expected = fit_alpha(values.double().numpy())
+    assert fit_alpha(values.clone().requires_grad_()) == expected
+    rounded = values.bfloat16()
+    assert fit_alpha(rounded) == fit_alpha(rounded.double())
+    with pytest.raises(TypeError, match=r"eigenvalues\[0\] must be real, got complex"):
+        fit_alpha(values.to(torch.complex64))

@@ -228,7 +228,7 @@ def test_detaching_leaves_a_plain_optimizer():
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     plain = torch.optim.SGD(twin.parameters(), lr=0.1)
     balancer = attach(optimizer, model, min_eigs=4)
-    with pytest.raises(ValueError, match=r"call its \.detach\(\) first"):
+    with pytest.raises(ValueError, match=r"call \.detach\(\) on that first"):
         attach(optimizer, model, min_eigs=4)
     balancer.detach()
     assert "step" not in optimizer.__dict__

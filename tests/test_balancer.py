@@ -349,7 +349,7 @@ def test_state_of_other_layers_is_refused_by_name():
         ({"start": "later"}, ValueError, "start must be"),
         ({"history": 1.5}, ValueError, "history must be"),
         ({"rate_classes": 1}, ValueError, "rate_classes must be a whole number of at least 2"),
-        ({"budget": 0.0}, ValueError, "budget must be above 0, or None"),
+        ({"budget": 0.0}, ValueError, "budget must lie in"),
         ({"ema": 1.0}, ValueError, r"ema must lie in \[0, 1\)"),
         ({"of": "bias"}, ValueError, "of must be one of weight, grad, momentum"),
         ({"group_by": "depth"}, ValueError, "group_by must be one of"),
@@ -401,7 +401,10 @@ def test_dear_refreshes_take_the_stalest_layers_that_the_share_pays_for(monkeypa
     now = [100.0]
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
     budget = Budget([1.0, 1.0, 2.0], 0.01)
+    budget.record([0, 1, 2], 4.0)  # slow, as first refreshes are
     budget.record([0, 1, 2], 0.4)  # 0.1, 0.1 and 0.2 s
+    assert budget.affordable([0, 1, 2], [0, 0, 0]) == [0, 1, 2]  # not rationed before the third
+    budget.record([0, 1, 2], 0.5)
     budget.begin()
     assert budget.affordable([0, 1, 2], [0, 0, 0]) == []
     now[0] += 15  # pays for 0.15 s

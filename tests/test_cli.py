@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from importlib import metadata
+from pathlib import Path
 
 import pytest
 import torch
@@ -294,3 +295,27 @@ def test_doctor_fails_on_a_variable_out_of_range(monkeypatch):
     assert done.returncode == 1
     assert "TBFAST_ISA" in next(x for x in done.stdout.splitlines() if x.startswith("kernels"))
     assert done.stderr == ""
+
+
+@pytest.mark.parametrize("form", ["--json", "--csv", "--html", "--plot"])
+def test_no_output_overwrites_the_checkpoint(checkpoint, tmp_path, capsys, form):
+    before = Path(checkpoint).read_bytes()
+    picture = tmp_path / "link.png"
+    picture.symlink_to(checkpoint)
+    message = failure(capsys, "analyze", str(checkpoint), form, str(picture))
+    assert "the name is taken by the checkpoint" in message
+    assert Path(checkpoint).read_bytes() == before
+
+
+def test_two_outputs_need_two_names(checkpoint, tmp_path, capsys):
+    same = str(tmp_path / "report")
+    message = failure(capsys, "analyze", str(checkpoint), "--json", same, "--csv", same)
+    assert "another output" in message
+
+
+def test_a_pipe_may_take_an_output(checkpoint, tmp_path):
+    command = [sys.executable, "-m", "tbfast", "analyze", str(checkpoint), "--quiet"]
+    result = subprocess.run(
+        [*command, "--csv", "/dev/stdout"], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert result.stdout.startswith("name,")

@@ -147,6 +147,11 @@ def test_filters_take_globs_lists_and_callables():
         name_filter([3], None)
 
 
+def test_a_bilinear_weight_is_one_matrix_per_output():
+    [layer] = find_layers(nn.Bilinear(6, 7, 4))
+    assert (layer.kind, layer.n_eigs) == ("experts", 4 * 6)
+
+
 def test_include_and_exclude_select_layers():
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))
     names = [layer.name for layer in find_layers(model, include="*.weight", exclude="1.*")]

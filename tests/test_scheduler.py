@@ -1,5 +1,6 @@
 """param_groups and TempBalance: which rates each group gets, under every torch scheduler."""
 
+import copy
 import math
 import warnings
 from itertools import pairwise
@@ -612,3 +613,66 @@ def test_what_cannot_be_grouped_is_refused(options, error, words):
 def test_a_model_must_be_a_module():
     with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got list"):
         param_groups([nn.Linear(3, 3)])
+
+
+def test_one_optimizer_has_one_owner_of_its_rates():
+    model = make_mlp()
+    optimizer = torch.optim.SGD(make_groups(model), 0.1)
+    first = TempBalance(optimizer)
+    for again in (TempBalance, lambda o: tbfast.attach(o, model, min_eigs=4)):
+        with pytest.raises(ValueError, match="already, and factors must not multiply"):
+            again(optimizer)
+    first.detach()
+    assert {group["lr"] for group in optimizer.param_groups} == {0.1}
+    assert TempBalance(optimizer).factors == first.factors
+
+
+def test_a_tensor_rate_shared_by_all_groups_is_given_to_each():
+    optimizer = torch.optim.AdamW(make_groups(make_mlp()), lr=torch.tensor(0.1))
+    scheduler = TempBalance(optimizer)
+    for group in optimizer.param_groups:
+        factor = scheduler.factors.get(group["name"], 1.0)
+        assert float(group["lr"]) == pytest.approx(0.1 * factor, rel=1e-6)  # rates are float32
+
+
+def test_a_copied_scheduler_goes_on_measuring():
+    model = make_mlp()
+    optimizer = torch.optim.SGD(make_groups(model), 0.1)
+    model, optimizer, scheduler = copy.deepcopy((model, optimizer, TempBalance(optimizer)))
+    for step in range(3):
+        backward(model, step)
+        optimizer.step()
+        scheduler.step()
+    # The first step after the copy finds the hooks lost and puts them back.
+    assert [entry[0] for entry in scheduler.history] == [0, 1, 2]
+
+
+def test_a_head_tied_to_the_embedding_is_the_last_layer_that_is_skipped():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table = nn.Embedding(20, 8)
+            self.body = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8))
+            self.out = nn.Linear(8, 20, bias=False)
+            self.out.weight = self.table.weight
+
+    tuned = [g["name"] for g in make_groups(Tied()) if "kind" in g]
+    assert tuned == ["body.1.weight", "body.2.weight"]
+
+
+def test_other_misuse_names_what_is_wrong():
+    model = make_mlp()
+    with pytest.raises(TypeError, match="must be a torch.optim.Optimizer, got Sequential"):
+        TempBalance(model)
+    with pytest.raises(ValueError, match="include='nothing.*first weights .* 0.weight"):
+        make_groups(model, include="nothing*")
+    scheduler = TempBalance(torch.optim.SGD(make_groups(model), 0.1))
+    with pytest.raises(ValueError, match="not a state of TempBalance: it has no 'balancer'"):
+        scheduler.load_state_dict({"base": None})
+    with pytest.raises(ValueError, match="not a state of a Balancer: it has no 'names'"):
+        scheduler.balancer.load_state_dict({})
+    optimizer = torch.optim.SGD(make_groups(model), 0.1)
+    with pytest.raises(ValueError, match="mapping='log2' needs alphas above 1"):
+        TempBalance(optimizer, mapping="log2", shape_correction="null")
+    with pytest.raises(ValueError, match="factors match no layer: globs typo"):
+        TempBalance(optimizer, mapping="fixed", factors={"typo*": 2.0})

@@ -264,3 +264,27 @@ def test_alpha_is_invariant_under_scaling_rotation_and_transposition(seed, rows,
     # Rounding of the rotation in float64, amplified by the smallest spacing of the spectrum.
     assert alphas == pytest.approx([alphas[0]] * 4, rel=1e-8)
     assert alphas == backwards[::-1]
+
+
+def test_arrays_of_any_stride_and_byte_order_are_matrices():
+    array = np.random.default_rng(0).standard_normal((20, 30))
+    frozen = array.copy()
+    frozen.flags.writeable = False
+    expected = eigenvalues(array)
+    for same in (
+        array[::-1],
+        array[:, ::-1],
+        array.astype(">f8"),
+        frozen,
+        np.asfortranarray(array),
+    ):
+        torch.testing.assert_close(eigenvalues(same), expected, rtol=1e-10, atol=0)
+
+
+def test_tensors_without_dense_values_are_refused():
+    with pytest.raises(TypeError, match=r"matrix 0 must be dense .* layout torch\.sparse_coo"):
+        eigenvalues(torch.eye(4).to_sparse())
+    with pytest.raises(TypeError, match="on the meta device"):
+        eigenvalues(torch.ones(3, 3, device="meta"))
+    with pytest.raises(TypeError, match="matrix 0 must be a tensor or an array, got str"):
+        eigenvalues(["no matrix"])
