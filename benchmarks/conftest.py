@@ -75,7 +75,7 @@ def pytest_terminal_summary(terminalreporter, config):
         for row in rows:
             ratio = f"{row['ratio']:>8}x" if row["ratio"] else " " * 9
             terminalreporter.line(
-                f"{row['bench']:<12}{row['case']:<28}{row['contender']:<34}"
+                f"{row['bench']:<12}{row['case']:<36}{row['contender']:<34}"
                 f"{row['p50_ms']:>10} ms {ratio}"
             )
 
