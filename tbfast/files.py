@@ -21,7 +21,7 @@ def write_whole(path: PathLike, content: str | bytes) -> None:
     # The real path: replacing a link would leave the file it points to as it was.
     target = _target(path)
     data = content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content
-    if target.exists() and not (target.is_file() or target.is_dir()):
+    if _is_stream(target):
         target.write_bytes(data)
         return
     check_writable(path)
@@ -43,6 +43,11 @@ def _target(path: PathLike) -> Path:
     return given if given.exists() and not given.is_file() else Path(os.path.realpath(path))
 
 
+def _is_stream(target: Path) -> bool:
+    """Whether the target is a device or a pipe, which cannot be replaced."""
+    return target.exists() and not (target.is_file() or target.is_dir())
+
+
 def check_writable(path: PathLike) -> None:
     """Refuse an output path that could not be written, before the work that fills it.
 
@@ -50,8 +55,8 @@ def check_writable(path: PathLike) -> None:
         OSError: One line that names the path and the remedy.
     """
     target = _target(path)
-    if target.exists() and not (target.is_file() or target.is_dir()):
-        return  # a device or a pipe
+    if _is_stream(target):
+        return
     folder = target.parent
     if target.is_dir():
         raise IsADirectoryError(f"cannot write '{path}': it is a folder; name a file in it")

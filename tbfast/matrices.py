@@ -45,6 +45,16 @@ Pattern = str | Iterable[str] | Callable[[str, Tensor], bool] | None
 
 KINDS: tuple[Kind, ...] = ("linear", "conv", "spectral", "packed", "experts")
 
+# What a spectrum can be computed of; other floating-point types are widened first.
+MEASURABLE = (
+    torch.float16,
+    torch.bfloat16,
+    torch.float32,
+    torch.float64,
+    torch.complex64,
+    torch.complex128,
+)
+
 _CONV_SCALE = math.sqrt(0.5)  # published `conv_norm`; cancels in alpha, not in the norms
 _EMBEDDING_NAMES = {"wte", "wpe", "embed_tokens", "embed_positions", "shared"}
 _HEAD_NAMES = {"lm_head", "head", "classifier", "score", "output_projection", "embed_out"}

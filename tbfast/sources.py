@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from tbfast.checkpoint import Checkpoint, CheckpointError, open_checkpoint
 from tbfast.matrices import (
+    MEASURABLE,
     Layer,
     Pattern,
     as_tensor,
@@ -23,15 +24,6 @@ from tbfast.matrices import (
 )
 
 Source = nn.Module | Mapping[str, Any] | str | os.PathLike[str]
-
-_MEASURABLE = (
-    torch.float16,
-    torch.bfloat16,
-    torch.float32,
-    torch.float64,
-    torch.complex64,
-    torch.complex128,
-)
 
 
 def find_weights(
@@ -102,6 +94,6 @@ def _measurable(weight: Tensor, name: str) -> Tensor:
         raise ValueError(f"{name} is on the meta device and has no values; load the weights first")
     if weight.layout != torch.strided:
         weight = weight.detach().to_dense()
-    if weight.dtype in _MEASURABLE:
+    if weight.dtype in MEASURABLE:
         return weight
     return weight.detach().to(torch.complex64 if weight.is_complex() else torch.float32)

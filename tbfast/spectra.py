@@ -17,13 +17,10 @@ from torch import Tensor
 from tbfast.alpha import AlphaFit, fit_spectra
 from tbfast.backends import get_backend
 from tbfast.fitting import FitOptions
-from tbfast.matrices import Kind, as_matrices, as_tensor, eigenvalue_scale
+from tbfast.matrices import MEASURABLE, Kind, as_matrices, as_tensor, eigenvalue_scale
 from tbfast.precision import zero_threshold
 
 Method = Literal["auto", "exact", "sketch"]
-
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_COMPLEX = (torch.complex64, torch.complex128)
 
 
 @dataclass(frozen=True)
@@ -152,6 +149,6 @@ def _checked(matrix: Any, label: str) -> Tensor:
     if tensor.layout != torch.strided or tensor.is_meta:
         kind = "on the meta device" if tensor.is_meta else f"of layout {tensor.layout}"
         raise TypeError(f"{label} must be dense and hold values, but it is {kind}")
-    if tensor.dtype not in (*_FLOATS, *_COMPLEX):
+    if tensor.dtype not in MEASURABLE:
         raise TypeError(f"{label} must be floating point or complex, got {tensor.dtype}")
     return tensor.detach()
