@@ -9,7 +9,8 @@ TORCH ?= torch==2.13.0
 TORCH_INDEX ?=
 COVERAGE ?= 90
 # What runs under AddressSanitizer: the tests that enter the compiled kernels.
-SANITIZE_TESTS ?= $(wildcard tests/test_alpha.py tests/test_backends*.py tests/test_fit*.py)
+SANITIZE_TESTS ?= $(wildcard $(addprefix tests/test_,$(addsuffix .py,alpha anchors backends batch exact \
+    gram_bf16 lanczos quadrature rsvd sketch)))
 
 SANITIZE_ENV = LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so)" \
     PYTHONPATH=$(CURDIR)/build/sanitize/site-packages TBFAST_NUM_THREADS=4 \

@@ -17,6 +17,8 @@ from tbfast.backends import exact
 from tbfast.fitting import FitOptions
 from tbfast.spectra import measure
 
+# The shapes of all-MiniLM-L6-v2: rows, cols, layers.
+MINILM = [(384, 384, 25), (1536, 384, 6), (384, 1536, 6)]
 # rows, cols, layers in the batch: what two threads do in about a second
 BATCHES = [(64, 64, 64), (384, 384, 8), (768, 768, 4), (768, 3072, 4), (2048, 2048, 2)]
 
@@ -48,6 +50,19 @@ def test_exact_spectra_of_a_batch(race, what, rows, cols, count):
     )
 
 
+def test_the_shapes_of_minilm(race):
+    weights = [weight for shape in MINILM for weight in layers(*shape)]
+    expected = [np.linalg.svd(w.double().numpy(), compute_uv=False)[::-1] ** 2 for w in weights]
+    np.testing.assert_allclose(alphas(weights), [fit_alpha(e).alpha for e in expected], rtol=1e-4)
+    race(
+        "exact",
+        "37 layers of MiniLM's shapes, float32",
+        ("tbfast, alpha, median fit", lambda: alphas(weights)),
+        {"torch.linalg.svdvals, float32": lambda: [torch.linalg.svdvals(w) for w in weights]},
+        rounds=5,
+    )
+
+
 @pytest.mark.parametrize(("rows", "cols", "count"), [b for b in BATCHES if b[0] > 64])
 def test_one_layer_alone(race, rows, cols, count):
     [weight] = layers(rows, cols, 1)
@@ -62,11 +77,12 @@ def test_one_layer_alone(race, rows, cols, count):
 
 @pytest.mark.parametrize(("rows", "cols", "count"), [b for b in BATCHES if b[0] > 64])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
-def test_share_of_gram_product_and_eigensolver(race, rows, cols, count, dtype):
+def test_share_of_gram_product_eigensolver_and_certificate(race, rows, cols, count, dtype):
     stack = layers(rows, cols, 1)[0][None]
     tall = stack if rows >= cols else stack.mT
     exponents = torch.zeros(1, dtype=torch.float64)
     gram = exact._gram(tall, exponents, dtype)
+    assert exact._rank_floor(tall.float(), exponents) is not None
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as in the pool
     try:
@@ -77,6 +93,7 @@ def test_share_of_gram_product_and_eigensolver(race, rows, cols, count, dtype):
             {
                 "eigensolver, ours": lambda: exact._symmetric_eigenvalues(gram),
                 "eigensolver, LAPACK": lambda: torch.linalg.eigvalsh(gram, UPLO="U"),
+                "certificate of rank, float32": lambda: exact._rank_floor(tall.float(), exponents),
             },
             rounds=5,
         )

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import csv
 import os
-import platform
 import re
 import subprocess
 import time
@@ -18,20 +17,12 @@ import numpy as np
 import pytest
 import torch
 
+from tbfast.bench import FIELDS, cpu_name
+
 RESULTS = Path(__file__).parent / "results"
-FIELDS = ["bench", "case", "contender", "p20_ms", "p50_ms", "p80_ms", "ratio", "rounds"]
-FIELDS += ["threads", "cpu", "torch", "commit", "date"]
 
 
-def cpu_name() -> str:
-    """Model of the processor, as the system tells it."""
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-        return re.search(r"model name\s*:\s*(.+)", text)[1].strip()
-    except (OSError, TypeError):
-        return platform.processor() or platform.machine()
-
-
+@pytest.fixture(scope="session")
 def commit() -> str:
     """Short hash of the commit, with a + if the tree has changes; empty outside git."""
     run = lambda *a: subprocess.run(  # noqa: E731
@@ -75,13 +66,13 @@ def pytest_terminal_summary(terminalreporter, config):
         for row in rows:
             ratio = f"{row['ratio']:>8}x" if row["ratio"] else " " * 9
             terminalreporter.line(
-                f"{row['bench']:<12}{row['case']:<36}{row['contender']:<34}"
+                f"{row['bench']:<12}{row['case']:<50}{row['contender']:<32}"
                 f"{row['p50_ms']:>10} ms {ratio}"
             )
 
 
 @pytest.fixture
-def race(benchmark, results):
+def race(benchmark, results, commit):
     """``race(bench, case, ours, peers, rounds)``: time all in turn, return ratios peer / ours."""
 
     def run(bench, case, ours, peers, rounds=7, **more):
@@ -109,7 +100,7 @@ def race(benchmark, results):
                 )
                 | dict(ratio=round(ratios[contender], 2) if contender != name else "")
                 | dict(rounds=len(seconds), threads=torch.get_num_threads(), cpu=cpu_name())
-                | dict(torch=torch.__version__, commit=commit(), date=time.strftime("%Y-%m-%d"))
+                | dict(torch=torch.__version__, commit=commit, date=time.strftime("%Y-%m-%d"))
                 | more
             )
         benchmark.extra_info.update(ratios)

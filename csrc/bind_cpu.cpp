@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "bind.h"
 #include "kernels.h"
 
 namespace py = pybind11;
@@ -75,6 +76,13 @@ PYBIND11_MODULE(_native, m) {
   m.def("symmetric_eigenvalues", &symmetric_eigenvalues<float>, py::arg("a").noconvert(),
         "Eigenvalues (count, n), ascending, of matrices (count, n, n); reads the upper triangle.");
   m.def("symmetric_eigenvalues", &symmetric_eigenvalues<double>, py::arg("a").noconvert());
+  tb::bind_table(m);
+  tb::bind_lanczos(m);
+  tb::bind_quadrature(m);
+  tb::bind_inner(m);
+  tb::bind_rsvd(m);
+  tb::bind_gram_bf16(m);
+  tb::bind_stream(m);
   m.def("num_threads", &tb::num_threads, "Threads the kernels use.");
   m.def("isa", &tb::isa, "Instruction set in use.");
   m.def("isas", &tb::available_isas, "Instruction sets compiled in that this machine can run.");

@@ -10,21 +10,24 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tbfast.alpha import AlphaFit, fit_alpha
+    from tbfast.analyzer import analyze
     from tbfast.balancer import Balancer
     from tbfast.groups import param_groups
     from tbfast.instep import attach
+    from tbfast.lowrank import SVD, rsvd
     from tbfast.rates import lr_factors
-    from tbfast.report import LayerSpectrum, Report, analyze
+    from tbfast.report import LayerSpectrum, Report
     from tbfast.scheduler import TempBalance
     from tbfast.spectra import eigenvalues
 
 __version__ = "0.1.0"
 
-__all__ = [
+__all__ = [  # noqa: RUF022 - in the order of sorted()
     "AlphaFit",
     "Balancer",
     "LayerSpectrum",
     "Report",
+    "SVD",
     "TempBalance",
     "analyze",
     "attach",
@@ -32,6 +35,7 @@ __all__ = [
     "fit_alpha",
     "lr_factors",
     "param_groups",
+    "rsvd",
 ]
 
 _HOME = {
@@ -39,13 +43,15 @@ _HOME = {
     "Balancer": "tbfast.balancer",
     "LayerSpectrum": "tbfast.report",
     "Report": "tbfast.report",
+    "SVD": "tbfast.lowrank",
     "TempBalance": "tbfast.scheduler",
-    "analyze": "tbfast.report",
+    "analyze": "tbfast.analyzer",
     "attach": "tbfast.instep",
     "eigenvalues": "tbfast.spectra",
     "fit_alpha": "tbfast.alpha",
     "lr_factors": "tbfast.rates",
     "param_groups": "tbfast.groups",
+    "rsvd": "tbfast.lowrank",
 }
 
 

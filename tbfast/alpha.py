@@ -134,6 +134,11 @@ def fit_spectra(
     ]
     kept = [s[zeros:] for s, zeros in zip(spectra, dropped, strict=True)]
     table: FitTable = get_backend(backend).fit(kept, options)
+    return described(table, np.array(dropped, dtype=np.int64))
+
+
+def described(table: FitTable, n_zeros: NDArray[np.int64]) -> AlphaFit:
+    """The fits of a backend with their statistical errors and reasons in words."""
     with np.errstate(divide="ignore", invalid="ignore"):
         alpha_error = (table.alpha - 1) / np.sqrt(table.n_tail)
     return AlphaFit(
@@ -142,7 +147,7 @@ def fit_spectra(
         n_tail=table.n_tail,
         ks=table.ks,
         alpha_error=alpha_error,
-        n_zeros=np.array(dropped, dtype=np.int64),
+        n_zeros=n_zeros,
         reason=[Reason(code).text for code in table.reason],
     )
 

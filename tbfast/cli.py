@@ -93,6 +93,17 @@ def _parser() -> argparse.ArgumentParser:
     add("--quiet", action="store_true", help="print nothing but errors")
     analyze.set_defaults(run=_analyze)
 
+    bench = commands.add_parser(
+        "bench",
+        parents=[common],
+        allow_abbrev=False,
+        help="how fast this machine is, tbfast on it, and torch",
+        description="Check tbfast on this machine, then time it side by side with torch.",
+    )
+    bench.add_argument("--quick", action="store_true", help="a part of it, in 20 seconds, not 120")
+    bench.add_argument("--csv", metavar="FILE", help="write the figures as CSV")
+    bench.set_defaults(run=_bench)
+
     doctor = commands.add_parser(
         "doctor",
         parents=[common],
@@ -116,7 +127,7 @@ def _analyze(options: argparse.Namespace) -> int:
         from tbfast.plot import check_plot
 
         check_plot(options.plot)
-    from tbfast.report import analyze
+    from tbfast.analyzer import analyze
 
     fit_options: dict[str, Any] = {"xmin_pos": options.xmin_pos, "k": options.k}
     report = analyze(
@@ -197,6 +208,17 @@ def _check_distinct(checkpoint: str, outputs: list[str]) -> None:
             )
         if target.is_file() or not target.exists():  # a device takes any number
             kept.add(target)
+
+
+def _bench(options: argparse.Namespace) -> int:
+    from tbfast.bench import print_table
+
+    if options.csv is not None:
+        from tbfast.files import check_writable
+
+        check_writable(options.csv)
+    print_table(options.quick, options.csv)
+    return 0
 
 
 def _doctor(options: argparse.Namespace) -> int:

@@ -21,6 +21,10 @@ FULL_TOLERANCE = 1e-6
 # A computed eigenvalue above this times eps * lambda_max is certainly not zero.
 CERTAINLY_POSITIVE = 10.0
 
+# An eigenvalue certified to be this times the threshold of zero is not zero, whatever the rounding
+# of the norm that the threshold is made of.
+RANK_MARGIN = 4.0
+
 # A singular value is numerically zero when rounding the entries of W could have made it. Rounding
 # perturbs W by a random matrix of norm eps / sqrt(12) * |W|_F * (1 / sqrt(M) + 1 / sqrt(N)) at
 # most; 8 also covers weights that were themselves computed (a product of two factors, say).

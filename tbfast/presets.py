@@ -15,6 +15,7 @@ from tbfast.alpha import fit_options
 from tbfast.backends import get_backend
 from tbfast.fitting import FitKind, FitOptions
 from tbfast.rates import MappingName, check_mapping
+from tbfast.sketching import SketchOptions
 from tbfast.spectra import Method, check_method
 
 TieNorms = Literal["name", "order", "block", "none"]
@@ -53,6 +54,7 @@ _SELECTIONS: dict[str, dict[str, Any]] = {
 }
 _DEFAULTS: dict[str, Any] = {"fit": "median", "group_by": "layer", "ema": 0.0}
 _FIT_OPTIONS = ("xmin_pos", "smooth", "k", "bins", "peak_compat")
+_SKETCH_OPTIONS = ("probes", "steps")
 _MAPPING_OPTIONS = ("clip", "exp_temp", "factors")
 
 
@@ -85,6 +87,7 @@ class Options:
     high: float
     mapping_options: dict[str, Any]
     fit: FitOptions
+    sketch: SketchOptions
     filter_zeros: float | None = None
     every: int = 1
     budget: float | None = 0.01
@@ -125,19 +128,23 @@ def resolve(preset: str, given: Mapping[str, Any]) -> Options:
         RuntimeError: If the backend is not in this installation.
     """
     _check_preset(preset)
-    own = {field.name for field in fields(Options)} - {"mapping_options", "roles_at_high"}
-    known = own | {*_FIT_OPTIONS, *_MAPPING_OPTIONS}
+    own = {field.name for field in fields(Options)} - {"mapping_options", "roles_at_high", "sketch"}
+    known = own | {*_FIT_OPTIONS, *_MAPPING_OPTIONS, *_SKETCH_OPTIONS}
     if unknown := sorted(set(given) - known):
         raise TypeError(f"unknown option {unknown[0]!r}; known are {', '.join(sorted(known))}")
     chosen = {**_DEFAULTS, **_RATES[preset], **{k: v for k, v in given.items() if v is not None}}
     if "budget" in given:
         chosen["budget"] = given["budget"]  # None is a value here: no limit
     kind: FitKind = chosen.pop("fit")
+    sketch = {k: chosen.pop(k) for k in _SKETCH_OPTIONS if k in chosen}
     fit = fit_options(kind, {k: chosen.pop(k) for k in _FIT_OPTIONS if k in chosen})
+    drawn = SketchOptions(**sketch, seed=chosen.get("seed", 0))
     extra: dict[str, Any] = {k: chosen.pop(k) for k in _MAPPING_OPTIONS if k in chosen}
     if chosen["mapping"] == "fixed" and "factors" not in extra:
         raise ValueError("mapping='fixed' needs factors={glob: ratio}")
-    options = Options(fit=fit, mapping_options=extra, roles_at_high=preset == "llr", **chosen)
+    options = Options(
+        fit=fit, sketch=drawn, mapping_options=extra, roles_at_high=preset == "llr", **chosen
+    )
     _check(options)
     return options
 

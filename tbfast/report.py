@@ -1,4 +1,4 @@
-"""The analyser: every weight of a model or checkpoint to a record, and the table of them."""
+"""What the analyser found: a record for every weight, and the table of them."""
 
 from __future__ import annotations
 
@@ -6,24 +6,20 @@ import csv
 import io
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, overload
 
 import numpy as np
 import torch
 
-from tbfast.alpha import fit_options
-from tbfast.backends import get_backend
 from tbfast.files import PathLike, write_whole
-from tbfast.fitting import FitKind, Reason
-from tbfast.matrices import Kind, Layer, Pattern, Role
-from tbfast.progress import Progress, ticking
-from tbfast.sources import Source, find_weights
-from tbfast.spectra import Measurement, Method, check_method, measure
+from tbfast.matrices import Kind, Role
 
 # Elements of weights measured in one call, per thread, so that small layers keep all threads busy.
 _BATCH_ELEMENTS = 2**23
+
+_WIDEST = {False: torch.float64, True: torch.complex128}
 
 
 @dataclass(frozen=True)
@@ -40,7 +36,7 @@ class LayerSpectrum:
         shape: Shape of the weight.
         n_eigs: Number of eigenvalues, zeros included.
         alpha: Tail exponent, NaN where there is none.
-        alpha_error: Its standard error.
+        alpha_error: Its standard error: that of the fit, and of the sketch where there was one.
         xmin: Smallest eigenvalue of the tail.
         n_tail: Number of eigenvalues in the tail.
         ks: Kolmogorov-Smirnov distance between tail and fit.
@@ -54,6 +50,7 @@ class LayerSpectrum:
         n_zeros: Eigenvalues that were numerically zero and left out of the fit.
         role: ``"embedding"``, ``"head"`` or None.
         kind: How the weight became matrices, see :mod:`tbfast.matrices`.
+        sketch_error: Standard error of alpha against that of the exact spectrum; 0 if exact.
     """
 
     name: str
@@ -74,6 +71,7 @@ class LayerSpectrum:
     n_zeros: int
     role: Role | None
     kind: Kind
+    sketch_error: float
 
     @property
     def note(self) -> str:
@@ -210,74 +208,6 @@ class Report(Sequence[LayerSpectrum]):
         plot_report(self, path)
 
 
-def analyze(
-    source: Source,
-    *,
-    fit: FitKind = "median",
-    method: Method = "auto",
-    include: Pattern = None,
-    exclude: Pattern = None,
-    min_eigs: int = 50,
-    backend: str = "auto",
-    seed: int = 0,
-    progress: Progress = None,
-    **options: Any,
-) -> Report:
-    """Spectrum, alpha and norms of every weight of a model or checkpoint.
-
-    A checkpoint is read a few tensors at a time. Integer tensors, packed quantised weights among
-    them, are left out; float8 is widened to float32. Nothing is changed.
-
-    Args:
-        source: A module; a mapping of names to tensors or arrays; or a path, see
-            :func:`tbfast.checkpoint.open_checkpoint`. In a mapping and a checkpoint the kind of a
-            weight is guessed from its name and shape.
-        fit: ``"median"``, ``"ks"``, ``"peak"`` or ``"tail"``, see :func:`tbfast.fit_alpha`.
-        method: ``"exact"``, or ``"auto"``, which today is the same.
-        include: Glob, list of globs or callable ``(name, tensor) -> bool`` on parameter names;
-            None takes every weight with two or more dimensions.
-        exclude: The same, of what to leave out.
-        min_eigs: Layers with fewer eigenvalues get norms but no alpha.
-        backend: ``"auto"``, ``"native"`` or ``"reference"``.
-        seed: For the randomized method; exact results do not depend on it.
-        progress: True for a progress bar, or a callable ``(done, total, name)``.
-        **options: Those of the fit; see :func:`tbfast.fit_alpha`. ``filter_zeros``: eigenvalues at
-            or below this are dropped before the fit (published: 1e-5). None: those that rounding
-            the weights could have made, (8 eps |W|_F (1/sqrt(M) + 1/sqrt(N)))² or less, eps that
-            of float32 for float32 and narrower: sharper than max(M, N) eps lambda_max, which
-            would drop the smallest eigenvalues of every square random matrix.
-
-    Returns:
-        :class:`Report`, a sequence of :class:`LayerSpectrum` in model order. A layer that cannot
-        be fitted is in it, with ``alpha`` NaN and a ``reason``.
-
-    Raises:
-        CheckpointError: If the checkpoint cannot be read or holds no weight.
-        ValueError: On an unknown option, a model without weights, or patterns that match none.
-        TypeError: On a source of another type.
-    """
-    check_method(method)
-    get_backend(backend)
-    filter_zeros = options.pop("filter_zeros", None)
-    chosen = fit_options(fit, options)
-    layers, read, label = find_weights(source, include, exclude)
-    records: list[LayerSpectrum] = []
-    with ticking(progress, "measuring", len(layers)) as tick:
-        for batch in _batches(layers):
-            measured = measure(
-                [read(layer.name) for layer in batch],
-                [layer.kind for layer in batch],
-                chosen,
-                filter_zeros=filter_zeros,
-                method=method,
-                backend=backend,
-            )
-            for layer, measurement in zip(batch, measured, strict=True):
-                records.append(_record(layer, measurement, min_eigs))
-                tick(len(records), len(layers), layer.name)
-    return Report(records, source=label, fit=chosen.kind)
-
-
 def table(report: Report) -> list[tuple[str, ...]]:
     """The report as text cells: a row of column heads, then a row per layer."""
     head = ("layer", "shape", "eigs", "alpha", "error", "xmin", "tail", "KS", "norm")
@@ -320,47 +250,3 @@ def _finite(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _batches(layers: Sequence[Layer]) -> Iterator[list[Layer]]:
-    """The layers in order, in batches that are held in memory one at a time.
-
-    A batch of large layers has one for each thread, no more memory than the threads work in.
-    """
-    threads = torch.get_num_threads()
-    batch: list[Layer] = []
-    for layer in layers:
-        batch.append(layer)
-        held = sum(math.prod(member.shape) for member in batch)
-        if len(batch) >= threads and held >= _BATCH_ELEMENTS * threads:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
-
-
-def _record(layer: Layer, measurement: Measurement, min_eigs: int) -> LayerSpectrum:
-    fit, largest, total = measurement.fit, measurement.max_eigenvalue, measurement.sum_eigenvalues
-    few = measurement.n_eigs < min_eigs
-    alpha = math.nan if few else fit.alpha
-    log_norm = math.log10(largest) if largest > 0 else math.nan
-    return LayerSpectrum(
-        name=layer.name,
-        shape=layer.shape,
-        n_eigs=measurement.n_eigs,
-        alpha=alpha,
-        alpha_error=math.nan if few else fit.alpha_error,
-        xmin=math.nan if few else fit.xmin,
-        n_tail=0 if few else fit.n_tail,
-        ks=math.nan if few else fit.ks,
-        spectral_norm=math.sqrt(largest),
-        frobenius_norm=math.sqrt(total),
-        stable_rank=total / largest if largest > 0 else math.nan,
-        log_spectral_norm=log_norm,
-        alpha_weighted=alpha * log_norm,
-        method=measurement.method,
-        reason=Reason.TOO_FEW.text if few else fit.reason,
-        n_zeros=fit.n_zeros,
-        role=layer.role,
-        kind=layer.kind,
-    )

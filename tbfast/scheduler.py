@@ -40,7 +40,8 @@ class TempBalance(LRScheduler):
             refresh takes more than 50 ms are rationed: the stalest layers first. Which these are
             depends on the clock, so such a run is not reproducible bit for bit.
         fit, xmin_pos: The fit; see :func:`tbfast.fit_alpha`.
-        method: ``"auto"`` or ``"exact"``.
+        method: ``"exact"``, ``"sketch"`` or ``"auto"``; see :func:`tbfast.analyze`. A sketch draws
+            new probes at each step.
         of: Whose spectrum: the ``"weight"``, its ``"grad"``, or the optimizer's ``"momentum"``
             (``exp_avg`` or ``momentum_buffer``). A layer without one yet has the factor 1.
         shape_correction: ``"null"``: alpha minus that of Gaussian noise of the same shape, plus
@@ -50,13 +51,13 @@ class TempBalance(LRScheduler):
         ema: Weight of the old alpha at a refresh, in [0, 1).
         ramp: Optimizer steps over which a new factor is reached linearly.
         rate_classes: Round factors to so many values over the range.
-        seed: Of the randomized engine; exact spectra do not use it.
+        seed: Of a sketch; exact spectra do not use it.
         backend: ``"auto"``, ``"native"`` or ``"reference"``.
         **options: ``start``: optimizer steps before the map acts (0, as published), or ``"auto"``:
             a layer's factor stays 1 until its alpha leaves the band of Gaussian noise of its
             shape. ``history=1000``: refreshes kept. ``smooth``, ``k``, ``bins``,
-            ``peak_compat``, ``filter_zeros``: of the fit. ``clip``, ``exp_temp``, ``factors``: of
-            the mapping.
+            ``peak_compat``, ``filter_zeros``: of the fit. ``probes=8``, ``steps=20``: of a sketch.
+            ``clip``, ``exp_temp``, ``factors``: of the mapping.
 
     Raises:
         ValueError: If no group comes from ``param_groups``, ``base`` is of another optimizer, or

@@ -6,6 +6,7 @@ import math
 import time
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -70,7 +71,7 @@ class Tracker:
             if shape != layer.shape:
                 raise ValueError(f"{layer.name} must have shape {layer.shape}, got {shape}")
         began = time.perf_counter()
-        found = self._measure(rows, [weights[row] for row in rows])
+        found = self._measure(rows, [weights[row] for row in rows], step)
         self.budget.record(rows, time.perf_counter() - began)
         for row, measurement in zip(rows, found, strict=True):
             self._absorb(row, measurement, step)
@@ -96,7 +97,9 @@ class Tracker:
         self._broken = state["broken"]
         self._warned = set(state["warned"])
 
-    def _measure(self, rows: Sequence[int], weights: Sequence[Tensor]) -> list[Measurement]:
+    def _measure(
+        self, rows: Sequence[int], weights: Sequence[Tensor], step: int
+    ) -> list[Measurement]:
         kinds = [self._layers[row].kind for row in rows]
         if self._options.shape_correction == "farms":
             weights = [square_blocks(w, kind) for w, kind in zip(weights, kinds, strict=True)]
@@ -105,7 +108,9 @@ class Tracker:
             weights,
             kinds,
             self._options.fit,
+            names=[self._layers[row].name for row in rows],
             filter_zeros=self._options.filter_zeros,
+            sketch=replace(self._options.sketch, draw=step % 2**24),
             method=self._options.method,
             backend=self._options.backend,
         )

@@ -354,7 +354,7 @@ def test_state_of_other_layers_is_refused_by_name():
         ({"of": "bias"}, ValueError, "of must be one of weight, grad, momentum"),
         ({"group_by": "depth"}, ValueError, "group_by must be one of"),
         ({"shape_correction": "rmt"}, ValueError, "shape_correction must be one of"),
-        ({"method": "sketch"}, ValueError, "sketch"),
+        ({"probes": 0}, ValueError, "probes must be a whole number from 1 to 8192, got 0"),
         ({"method": "guess"}, ValueError, "method must be one of"),
         ({"backend": "fortran"}, ValueError, "backend must be one of"),
         ({"fit": "mean"}, ValueError, "fit must be one of"),

@@ -146,8 +146,10 @@ def test_patterns_that_match_nothing_are_one_line(checkpoint, capsys):
     assert "zzz" in failure(capsys, "analyze", checkpoint, "--include", "zzz")
 
 
-def test_a_method_of_a_later_version_is_one_line(checkpoint, capsys):
-    assert "exact" in failure(capsys, "analyze", checkpoint, "--method", "sketch")
+def test_a_sketch_from_the_command_line_says_so(checkpoint, capsys):
+    assert main(("analyze", str(checkpoint), "--method", "sketch", "--json", "-")) == 0
+    layers = json.loads(capsys.readouterr().out)["layers"]
+    assert {layer["method"] for layer in layers if layer["n_eigs"] > 20} == {"sketch"}
 
 
 @pytest.mark.parametrize("option", ["--json", "--csv", "--html", "--plot"])
@@ -203,7 +205,7 @@ def test_an_interrupt_is_one_line_and_exits_with_130(checkpoint, capsys, monkeyp
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("tbfast.report.analyze", interrupt)
+    monkeypatch.setattr("tbfast.analyzer.analyze", interrupt)
     assert main(["analyze", checkpoint]) == 128 + signal.SIGINT
     assert capsys.readouterr() == ("", "tbfast: interrupted\n")
 

@@ -16,10 +16,11 @@ from safetensors.torch import save_file
 from torch import nn
 
 import tbfast
-from tbfast import report as report_module
+from tbfast import analyzer
+from tbfast.analyzer import analyze
 from tbfast.checkpoint import CheckpointError
 from tbfast.html import render
-from tbfast.report import LayerSpectrum, Report, analyze
+from tbfast.report import LayerSpectrum, Report
 
 FIELDS = [
     "name",
@@ -178,7 +179,8 @@ def test_options_reach_the_fit():
     [
         {"fit": "mean"},
         {"unheard_of": 1},
-        {"method": "sketch"},
+        {"probes": 0},
+        {"steps": 1.5},
         {"method": "guess"},
         {"backend": "abacus"},
         {"xmin_pos": 0.5},
@@ -315,7 +317,7 @@ def test_the_source_is_not_changed():
 def test_only_one_batch_of_a_checkpoint_is_in_memory_at_a_time(tmp_path, monkeypatch):
     save_file({f"{i}": gaussian(60, 60, seed=i) for i in range(9)}, tmp_path / "m.safetensors")
     sizes, alive = [], []
-    real = report_module.measure
+    real = analyzer.measure
 
     def measure(batch, *args, **kwargs):
         assert not any(reference() for reference in alive), "the last batch is still held"
@@ -323,8 +325,8 @@ def test_only_one_batch_of_a_checkpoint_is_in_memory_at_a_time(tmp_path, monkeyp
         alive[:] = [weakref.ref(weight) for weight in batch]
         return real(batch, *args, **kwargs)
 
-    monkeypatch.setattr(report_module, "measure", measure)
-    monkeypatch.setattr(report_module, "_BATCH_ELEMENTS", 1)
+    monkeypatch.setattr(analyzer, "measure", measure)
+    monkeypatch.setattr(analyzer, "_BATCH_ELEMENTS", 1)
     report = analyze(tmp_path / "m.safetensors")
     threads = torch.get_num_threads()
     assert [x.name for x in report] == [str(i) for i in range(9)]

@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "cpu/bf16.h"
 #include "kernels.h"
 
 #if defined(TB_X86) && defined(_MSC_VER)
@@ -38,15 +39,31 @@ bool has_avx512() {
 }
 #endif
 
-#define TB_KERNELS(isa) \
-  Kernels { #isa, isa::ks_distance, isa::tridiagonalize_f32, isa::tridiagonalize_f64 }
+#define TB_KERNELS(isa)                                                                       \
+  Kernels {                                                                                   \
+    #isa, isa::ks_distance, isa::tridiagonalize_f32, isa::tridiagonalize_f64, isa::inner_f32, \
+        isa::inner_f64, isa::movement_f32, isa::movement_f64, isa::panel_products,            \
+        isa::panel_accumulate, isa::convert, isa::convert_columns, isa::inner_product,        \
+        isa::subtract_scaled, isa::scaled_copy, isa::project_out,             \
+        isa::skinny_product_f32, isa::skinny_product_f64, isa::square_sum_f32,                \
+        isa::square_sum_f64, isa::jacobi_sweep, isa::stream_sum, isa::fma_chains,             \
+        isa::fma_flops_per_step                                                \
+  }
 
 const std::vector<Kernels>& available() {
   static const std::vector<Kernels> found = [] {
     std::vector<Kernels> table{TB_KERNELS(scalar)};
 #if defined(TB_X86)
     if (has_avx2()) table.push_back(TB_KERNELS(avx2));
-    if (has_avx512()) table.push_back(TB_KERNELS(avx512));
+    if (has_avx512()) {
+      table.push_back(TB_KERNELS(avx512));
+      table.back().gram_bf16 = gram_bf16_engine("avx512bf16");
+      if (const GramBf16Apply pass = gram_bf16_engine("amx")) {
+        table.push_back(TB_KERNELS(avx512));
+        table.back().isa = "amx";
+        table.back().gram_bf16 = pass;
+      }
+    }
 #endif
     return table;
   }();

@@ -1,15 +1,22 @@
+// A pool of threads that sleep between calls: no spinning, so a busy neighbour costs its share of
+// the machine and no more.
 #include "cpu/parallel.h"
 
 #include <algorithm>
 #include <atomic>
+#include <condition_variable>
 #include <cstdlib>
 #include <exception>
 #include <mutex>
 #include <stdexcept>
 #include <string>
 #include <thread>
-#include <vector>
 
+#if defined(_WIN32)
+#include <process.h>
+#else
+#include <unistd.h>
+#endif
 #if defined(__linux__)
 #include <sched.h>
 #endif
@@ -17,26 +24,105 @@
 #include "kernels.h"
 
 namespace tb {
+namespace {
 
-void parallel_for(int64_t count, int threads, const std::function<void(int64_t)>& task) {
+// One call of parallel_for: whoever takes part draws the next index until none is left.
+struct Job {
+  int64_t count;
+  const std::function<void(int64_t)>* task;
   std::atomic<int64_t> next{0};
+  std::mutex lock;
   std::exception_ptr failure;
-  std::mutex failure_lock;
-  const auto work = [&] {
+
+  void work() {
     try {
-      for (int64_t i = next++; i < count; i = next++) task(i);
+      for (int64_t i = next++; i < count; i = next++) (*task)(i);
     } catch (...) {
       next = count;
-      const std::lock_guard<std::mutex> guard(failure_lock);
+      const std::lock_guard<std::mutex> guard(lock);
       if (!failure) failure = std::current_exception();
     }
-  };
-  std::vector<std::thread> helpers;
-  const int64_t wanted = std::min<int64_t>(threads, count) - 1;
-  for (int64_t i = 0; i < wanted; ++i) helpers.emplace_back(work);
-  work();
-  for (auto& helper : helpers) helper.join();
-  if (failure) std::rethrow_exception(failure);
+  }
+};
+
+thread_local bool inside = false;  // a task may call parallel_for: it then runs in place
+
+class Pool {
+ public:
+  void run(Job& job, int helpers) {
+    const std::lock_guard<std::mutex> one_job_at_a_time(busy_);
+    {
+      const std::lock_guard<std::mutex> guard(lock_);
+      for (; size_ < helpers; ++size_) std::thread(&Pool::serve, this, size_).detach();
+      job_ = &job;
+      wanted_ = running_ = helpers;
+      ++generation_;
+    }
+    wake_.notify_all();
+    inside = true;
+    job.work();
+    inside = false;
+    std::unique_lock<std::mutex> guard(lock_);
+    done_.wait(guard, [this] { return running_ == 0; });
+  }
+
+ private:
+  void serve(int index) {
+    inside = true;
+    std::unique_lock<std::mutex> guard(lock_);
+    for (uint64_t seen = 0;;) {
+      wake_.wait(guard, [&] { return generation_ != seen && index < wanted_; });
+      seen = generation_;
+      Job* job = job_;
+      guard.unlock();
+      job->work();
+      guard.lock();
+      if (--running_ == 0) done_.notify_one();
+    }
+  }
+
+  std::mutex busy_, lock_;
+  std::condition_variable wake_, done_;
+  uint64_t generation_ = 0;
+  int size_ = 0, wanted_ = 0, running_ = 0;
+  Job* job_ = nullptr;
+};
+
+int process() {
+#if defined(_WIN32)
+  return _getpid();
+#else
+  return static_cast<int>(getpid());
+#endif
+}
+
+// Never destroyed: its threads may outlive static objects. A forked child has the object but not
+// the threads, and gets a pool of its own.
+Pool& pool() {
+  static std::mutex lock;
+  static Pool* current = nullptr;
+  static int owner = -1;
+  const std::lock_guard<std::mutex> guard(lock);
+  if (owner != process()) {
+    current = new Pool;
+    owner = process();
+  }
+  return *current;
+}
+
+}  // namespace
+
+void parallel_for(int64_t count, int threads, const std::function<void(int64_t)>& task) {
+  const int64_t helpers = std::min<int64_t>(threads, count) - 1;
+  if (helpers <= 0 || inside) {
+    for (int64_t i = 0; i < count; ++i) task(i);
+    return;
+  }
+  Job job;
+  job.count = count;
+  job.task = &task;
+  pool().run(job, static_cast<int>(helpers));
+  if (job.failure) std::rethrow_exception(job.failure);
 }
 
 int num_threads() {

@@ -60,7 +60,27 @@ struct Vec {
   friend Vec operator-(Vec a, Vec b) { return {a.data - b.data}; }
   T sum() const { return fold<size / 2>(data); }
 
+  // Lanes of a, and beyond them of b, by number.
+  template <int... kLane>
+  static Vec pick(Vec a, Vec b) {
+    return {__builtin_shufflevector(a.data, b.data, kLane...)};
+  }
+
+  // Lane l of the result is lane l of a where bit kHalf of l is clear, of b where it is set, plus
+  // the lane kHalf away in the same vector.
+  template <int kHalf>
+  static Vec fold_pair(Vec a, Vec b) {
+    return fold_pair_lanes<kHalf>(a, b, std::make_integer_sequence<int, size>());
+  }
+
  private:
+  template <int kHalf, int... kLane>
+  static Vec fold_pair_lanes(Vec a, Vec b, std::integer_sequence<int, kLane...>) {
+    return {
+        __builtin_shufflevector(a.data, b.data, (kLane + (kLane & kHalf ? size : 0))...) +
+        __builtin_shufflevector(a.data, b.data, ((kLane ^ kHalf) + (kLane & kHalf ? size : 0))...)};
+  }
+
   // Adds the halves, then the quarters, ...
   template <int kHalf>
   static T fold(Data d) {
@@ -112,9 +132,49 @@ struct Vec {
     for (T x : data) total += x;
     return total;
   }
+  template <int... kLane>
+  static Vec pick(Vec a, Vec b) {
+    const int lanes[] = {kLane...};
+    Vec out;
+    for (int l = 0; l < size; ++l) {
+      out.data[l] = lanes[l] < size ? a.data[lanes[l]] : b.data[lanes[l] - size];
+    }
+    return out;
+  }
+  template <int kHalf>
+  static Vec fold_pair(Vec a, Vec b) {
+    Vec out;
+    for (int l = 0; l < size; ++l) {
+      const Vec& from = l & kHalf ? b : a;
+      out.data[l] = from.data[l] + from.data[l ^ kHalf];
+    }
+    return out;
+  }
 };
 
 #endif
+
+// The sums over the lanes of as many vectors as a vector has lanes, in their order.
+template <typename T, int kHalf = 1>
+inline Vec<T> sums(Vec<T>* vectors) {
+  if constexpr (kHalf == Vec<T>::size) {
+    return vectors[0];
+  } else {
+    for (int i = 0; i < Vec<T>::size / (2 * kHalf); ++i) {
+      vectors[i] = Vec<T>::template fold_pair<kHalf>(vectors[2 * i], vectors[2 * i + 1]);
+    }
+    return sums<T, 2 * kHalf>(vectors);
+  }
+}
+
+// Asks for a cache line that will be read soon, into the second-level cache.
+inline void prefetch(const void* address) {
+#if defined(__GNUC__)
+  __builtin_prefetch(address, 0, 2);
+#else
+  (void)address;
+#endif
+}
 
 }  // namespace TB_ISA
 }  // namespace tb

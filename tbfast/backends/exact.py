@@ -7,7 +7,7 @@ found decides whether the next is needed:
 1. float32, where the fit looks only at the upper part of the spectrum (``median``, ``tail``) and
    float32 is good enough for that part. The rank must be certain too, because numerical zeros
    shift the index of xmin. The smallest eigenvalues of a nearly square matrix are below the noise
-   of float32, so only slender ones are tried.
+   of float32; that none is zero, the module ``rank`` then certifies from the weights themselves.
 2. float64.
 3. Singular values in float64, where a needed eigenvalue is too small beside lambda_max: badly
    conditioned and rank-deficient matrices.
@@ -27,22 +27,26 @@ import torch
 from torch import Tensor
 
 from tbfast import _native
+from tbfast.backends.rank import least_singular_value_exceeds
 from tbfast.backends.threads import parallel_map
 from tbfast.precision import (
     AVERAGED_TOLERANCE,
     CERTAINLY_POSITIVE,
     FULL_TOLERANCE,
+    RANK_MARGIN,
     trusted_from,
+    zero_threshold,
 )
 
 _EPS32 = torch.finfo(torch.float32).eps
 _EPS64 = torch.finfo(torch.float64).eps
 _PANEL = 1 << 21  # elements converted at a time: 16 MiB of float64
 _BATCH = 1 << 17  # elements of a batch of small matrices
-_BLOCKS = 4  # column blocks of a Gram product: 10 of 16 block products instead of all
+_BLOCKS = 6  # column blocks of a Gram product: 21 of 36 block products instead of all
 _SMALL = 256  # columns below which matrices are batched, and blocks and float32 gain nothing
 # Columns from which MKL's solver is faster than ours, whose matrix then leaves the cache.
-_LAPACK_ABOVE = {torch.float32: 1400, torch.float64: 1200}
+_LAPACK_ABOVE = {torch.float32: 1600, torch.float64: 1200}
+_ORDINARY = 20  # exponents of the largest entry that need no scaling, for squares in float32
 _SLENDER = 0.7  # short / long side above which a random spectrum reaches down to float32's noise
 
 
@@ -130,8 +134,7 @@ def _batches(stacks: Sequence[Tensor], which: Sequence[int]) -> list[_Batch]:
 
 
 def _suits_float32(stack: Tensor) -> bool:
-    short, long = sorted(stack.shape[1:])
-    return not _is_wide(stack) and len(stack) == 1 and _SMALL <= short <= _SLENDER * long
+    return not _is_wide(stack) and len(stack) == 1 and min(stack.shape[1:]) >= _SMALL
 
 
 def _is_wide(stack: Tensor) -> bool:
@@ -150,10 +153,33 @@ def _reaches(values: Tensor, share: float, eps: float) -> bool:
 
 def _float32_values(matrix: Tensor) -> Tensor | None:
     finite, exponents = _exponents(matrix)
+    _, rows, cols = matrix.shape
+    # Nearly square: the rank is in doubt, and if it is not full all else is in vain.
+    nearly_square = cols > _SLENDER * rows
+    floor = _rank_floor(finite, exponents) if nearly_square else 0.0
+    if floor is None:
+        return None
     values = _symmetric_eigenvalues(_gram(finite, exponents, torch.float32))
-    if values.amin() < CERTAINLY_POSITIVE * _EPS32 * values.amax():
-        return None  # zero or not: float32 cannot tell
-    return _rescaled(values, exponents)
+    if not nearly_square and values.amin() < CERTAINLY_POSITIVE * _EPS32 * values.amax():
+        floor = _rank_floor(finite, exponents)
+        if floor is None:
+            return None
+    return _rescaled(values.clamp_(min=floor), exponents)
+
+
+def _rank_floor(matrix: Tensor, exponents: Tensor) -> float | None:
+    """An eigenvalue that none is below, and above the numerical zeros; None if that is not sure.
+
+    Found from the first ``cols`` rows: leaving out the others lowers every singular value.
+    """
+    _, rows, cols = matrix.shape
+    squares = 0.0
+    for top in range(0, rows, cols):
+        block = _converted(matrix[:, top : top + cols], exponents, torch.float32)
+        squares += float(torch.linalg.vector_norm(block)) ** 2
+    least = RANK_MARGIN * zero_threshold(matrix, squares)
+    square = _converted(matrix[:, :cols], exponents, torch.float32)[0]
+    return least if least_singular_value_exceeds(square, math.sqrt(least)) else None
 
 
 def _float64_values(matrices: Tensor) -> Tensor:
@@ -168,14 +194,17 @@ def _singular_values(matrices: Tensor) -> Tensor:
 
 
 def _exponents(matrices: Tensor) -> tuple[Tensor, Tensor]:
-    """The matrices, and for each the power of two just above its largest entry.
+    """The matrices, and for each the power of two to divide it by, not to overflow when squared.
 
-    Where an entry is not finite the exponent is NaN and the matrix is replaced by zeros: LAPACK
-    would return zeros, or not return.
+    That is 0 for ordinary sizes, else it is just above the largest entry. Where an entry is not
+    finite it is NaN and the matrix is replaced by zeros: LAPACK would return zeros, or not return.
     """
-    largest = torch.linalg.vector_norm(matrices, math.inf, dim=(1, 2)).to("cpu", torch.float64)
+    parts = torch.view_as_real(matrices.resolve_conj()) if matrices.is_complex() else matrices
+    dims = tuple(range(1, parts.ndim))
+    largest = torch.maximum(parts.amax(dims), -parts.amin(dims)).to("cpu", torch.float64)
     finite = torch.isfinite(largest)
     exponents = torch.frexp(largest).exponent.double().clamp_(-1000, 1000)
+    exponents.masked_fill_(exponents.abs() <= _ORDINARY, 0)
     if not bool(finite.all()):
         exponents.masked_fill_(~finite, math.nan)
         matrices = matrices.cpu().masked_fill(~finite[:, None, None], 0)
@@ -188,10 +217,16 @@ def _rescaled(values: Tensor, exponents: Tensor) -> Tensor:
 
 
 def _converted(matrices: Tensor, exponents: Tensor, real: torch.dtype) -> Tensor:
-    """A CPU copy times 2**-exponent: exact, and safe from overflow once squared."""
-    wide = torch.promote_types(real, torch.complex64) if matrices.is_complex() else real
-    factors = torch.exp2(exponents.nan_to_num(0).neg())[:, None, None].to(real)
-    return matrices.to("cpu", wide, copy=True).mul_(factors)
+    """On the CPU, times 2**-exponent, which is exact; the matrices themselves where that is all."""
+    converted = matrices.to("cpu", _kind(matrices, real))
+    if not bool(exponents.any()):
+        return converted
+    return converted * torch.exp2(exponents.nan_to_num(0).neg())[:, None, None].to(real)
+
+
+def _kind(matrices: Tensor, real: torch.dtype) -> torch.dtype:
+    """The real or complex dtype of that precision."""
+    return torch.promote_types(real, torch.complex64) if matrices.is_complex() else real
 
 
 def _gram(matrices: Tensor, exponents: Tensor, real: torch.dtype) -> Tensor:
@@ -206,14 +241,14 @@ def _gram(matrices: Tensor, exponents: Tensor, real: torch.dtype) -> Tensor:
         return panel.mH @ panel
     edges = [cols * b // _BLOCKS for b in range(_BLOCKS + 1)]
     height = max(1, _PANEL // cols)
-    panel = _converted(matrices[:, :height], exponents, real)
-    gram = panel.new_empty(count, cols, cols)
-    for left, right in pairwise(edges):
-        gram[:, left:right, left:] = panel[:, :, left:right].mH @ panel[:, :, left:]
-    for top in range(height, rows, height):
+    gram = torch.empty(count, cols, cols, dtype=_kind(matrices, real))
+    for top in range(0, rows, height):
         panel = _converted(matrices[:, top : top + height], exponents, real)
         for left, right in pairwise(edges):
-            gram[:, left:right, left:] += panel[:, :, left:right].mH @ panel[:, :, left:]
+            # With beta 0 what the memory held before is ignored.
+            gram[:, left:right, left:].baddbmm_(
+                panel[:, :, left:right].mH, panel[:, :, left:], beta=0 if top == 0 else 1
+            )
     return gram
 
 

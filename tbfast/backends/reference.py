@@ -1,9 +1,7 @@
 """The definition of every verb: float64, no fast paths, one step per equation.
 
-Sources: Zhou et al., "Temperature Balancing, Layer-wise Weight Analysis, and Neural Network
-Training", NeurIPS 2023 (median, peak); Clauset, Shalizi and Newman, "Power-law distributions in
-empirical data", SIAM Review 51 (2009) (ks; equations 3.1 and 3.9); Hill, "A simple general
-approach to inference about the tail of a distribution", Annals of Statistics 3 (1975) (tail).
+The spectra and the inner products are here, the rest by subject: ``reference_fit`` (power laws),
+``reference_lanczos``, ``reference_slq`` (from Lanczos to alpha) and ``reference_rsvd``.
 """
 
 from __future__ import annotations
@@ -16,7 +14,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tbfast.fitting import MAX_ALPHA, FitOptions, FitTable, Reason
+from tbfast.backends.reference_fit import fit
+from tbfast.backends.reference_lanczos import gram_apply, lanczos
+from tbfast.backends.reference_rsvd import rsvd
+from tbfast.backends.reference_slq import quadrature_fit
+from tbfast.batch import Batch
+
+__all__ = ["dot", "drift", "eigenvalues", "fit", "gram_apply", "lanczos", "quadrature_fit", "rsvd"]
 
 Array = NDArray[np.float64]
 
@@ -45,77 +49,56 @@ def eigenvalues(stacks: Sequence[Tensor], shares: Sequence[float] | None = None)
     return spectra
 
 
-def fit(spectra: Sequence[Array], options: FitOptions) -> FitTable:
-    """Fit a power law to each spectrum (ascending, positive, zeros already dropped)."""
-    table = FitTable.empty(len(spectra))
-    for row, values in enumerate(spectra):
-        if len(values) == 0:
-            table.reason[row] = Reason.NO_EIGENVALUES
-        elif not np.isfinite(values).all():
-            table.reason[row] = Reason.NOT_FINITE
-        else:
-            _fit_one(np.log(values), values, options, table, row)
-    return table
+def dot(batch: Batch, values: Tensor, scales: Tensor) -> tuple[Array, Array]:
+    """Re <G, W> and |W|² of each layer, sums over its matrices.
 
+    Args:
+        batch: The weights W.
+        values: G in the order and orientation of ``batch.stacks()``, end to end: int8, as many as
+            the weights have elements, twice as many for complex ones, (re, im) interleaved.
+        scales: float32, one for each row of each matrix, end to end; G = scale * value.
 
-def _fit_one(logs: Array, values: Array, options: FitOptions, table: FitTable, row: int) -> None:
-    n = len(logs)
-    if options.kind == "median":
-        start = int(n / options.xmin_pos)
-        alpha = hill(logs, start, half_width=int(options.smooth * n))
-        best = start
-    elif options.kind == "tail":
-        if options.k > n:
-            table.reason[row] = Reason.TOO_FEW
-            return
-        best = n - options.k
-        alpha = hill(logs, best)
-    else:
-        candidates = range(n - 1) if options.kind == "ks" else _near_peak(logs, values, options)
-        scored = [
-            (ks_distance(logs, i, a), i, a)
-            for i in candidates
-            if 1 < (a := hill(logs, i)) < math.inf
-        ]
-        if not scored:
-            table.reason[row] = Reason.NO_CANDIDATE
-            return
-        _, best, alpha = min(scored, key=lambda c: (c[0], c[1]))
-    if alpha > MAX_ALPHA:
-        table.reason[row] = Reason.ALL_EQUAL
-        return
-    table.alpha[row] = alpha
-    table.start[row] = best
-    table.xmin[row] = values[best]
-    table.n_tail[row] = n - best
-    table.ks[row] = ks_distance(logs, best, alpha)
-
-
-def hill(logs: Array, start: int, half_width: int = 0) -> float:
-    """alpha = 1 + n / (sum_{j >= i} ln x_j - n ln x_i), i = ``start``, n = N - i.
-
-    xmin is part of the sum (contributing 0) and counts in n. With ``half_width`` the term
-    ln x_i is the mean over the ranks i - half_width .. i + half_width that exist.
+    Returns:
+        Two arrays (layers,); NaN or infinite for a layer with a weight that is not finite.
     """
-    n = len(logs) - start
-    anchor = logs[max(0, start - half_width) : start + half_width + 1].mean()
-    # Summed as differences: sum(logs) - n * anchor would cancel when the tail is narrow.
-    excess = float((logs[start:] - anchor).sum())
-    return 1 + n / excess if excess > 0 else math.inf
+    inner, square = np.zeros(len(batch)), np.zeros(len(batch))
+    row = element = 0
+    for layer, stack in enumerate(batch.stacks()):
+        real = _real_rows(stack)
+        scale = scales[row : row + len(real)].double()
+        gradient = values[element : element + real.numel()].double().view_as(real)
+        inner[layer] = float((real * gradient * scale[:, None]).sum())
+        square[layer] = float(real.square().sum())
+        row, element = row + len(real), element + real.numel()
+    return inner, square
 
 
-def ks_distance(logs: Array, start: int, alpha: float) -> float:
-    """max_j |1 - (x_j / x_i)^(1 - alpha) - (j - i) / n|, the published one-sided distance."""
-    tail = logs[start:] - logs[start]
-    model = -np.expm1((1 - alpha) * tail)
-    return float(np.abs(model - np.arange(len(tail)) / len(tail)).max())
+def drift(batch: Batch, rows: Tensor, values: Tensor) -> tuple[Array, Array, Array]:
+    """How far some rows of each layer have moved from W₀.
+
+    Args:
+        batch: The weights W.
+        rows: int64, ascending: which rows, counted over all matrices of ``batch.stacks()``.
+        values: Those rows of W₀, end to end: float32, (re, im) interleaved where complex.
+
+    Returns:
+        Three arrays (layers,): |W - W₀|², <W - W₀, W₀> and |W₀|² over those rows. The first two are
+        NaN or infinite for a layer with a weight there that is not finite.
+    """
+    sums = np.zeros((3, len(batch)))
+    first = element = 0
+    for layer, stack in enumerate(batch.stacks()):
+        real = _real_rows(stack)
+        mine = rows[(rows >= first) & (rows < first + len(real))] - first
+        now = real[mine]
+        before = values[element : element + now.numel()].double().view_as(now)
+        step = now - before
+        sums[:, layer] = [float(s.sum()) for s in (step * step, step * before, before * before)]
+        first, element = first + len(real), element + now.numel()
+    return sums[0], sums[1], sums[2]
 
 
-def _near_peak(logs: Array, values: Array, options: FitOptions) -> list[int]:
-    """Candidates within [0.95 p, 1.5 p], p the left edge of the fullest bin of log10 x."""
-    log10 = logs / math.log(10)
-    counts, edges = np.histogram(log10, bins=options.bins, range=(log10[0], log10[-1]))
-    peak = 10 ** edges[int(np.argmax(counts))]
-    # The published code compares the logarithm of the lower bound with x itself.
-    low = math.log10(0.95 * peak) if options.peak_compat else 0.95 * peak
-    return [i for i in range(len(values) - 1) if low <= values[i] <= 1.5 * peak]
+def _real_rows(stack: Tensor) -> Tensor:
+    """All rows of all matrices as float64 (rows, width), complex ones (re, im) interleaved."""
+    rows = stack.detach().reshape(-1, stack.shape[-1]).resolve_conj()
+    return (torch.view_as_real(rows).flatten(1) if rows.is_complex() else rows).double()

@@ -1,0 +1,146 @@
+#include "cpu/product.h"
+
+#include <algorithm>
+#include <utility>
+
+namespace tb {
+namespace {
+
+// A panel stays in the second-level cache between its two uses. One that is transposed on the way
+// there takes more rows, which are columns of W: fewer would waste the pages it touches.
+constexpr int64_t kPanelBytes = 128 << 10, kMaxPanelRows = 16;
+constexpr int64_t kTransposedBytes = 512 << 10, kMaxTransposedRows = 64;
+
+constexpr int64_t kSliceElements = 1 << 20;
+
+int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
+
+int64_t element_bytes(DType dtype) {
+  switch (dtype) {
+    case DType::f16:
+    case DType::bf16:
+      return 2;
+    case DType::f32:
+      return 4;
+    case DType::f64:
+    case DType::c64:
+      return 8;
+    case DType::c128:
+      break;
+  }
+  return 16;
+}
+
+}  // namespace
+
+Product::Product(const Matrix& m, double scale)
+    : data_(static_cast<const char*>(m.data)),
+      dtype_(m.dtype),
+      rows_(m.rows),
+      cols_(m.cols),
+      row_stride_(m.row_stride),
+      col_stride_(m.col_stride),
+      element_(element_bytes(m.dtype)),
+      parts_(is_complex(m.dtype) ? 2 : 1),
+      scale_(scale),
+      conjugate_(false) {
+  if (rows_ < cols_) {  // W^H
+    std::swap(rows_, cols_);
+    std::swap(row_stride_, col_stride_);
+    conjugate_ = parts_ == 2;
+  }
+  rows_ *= parts_;
+  cols_ *= parts_;
+  length_ = round_up(cols_, kLanes);
+  const bool transposed = col_stride_ != 1;
+  const int64_t unit = transposed ? kLanes : kPanelRows;
+  const int64_t most = transposed ? kMaxTransposedRows : kMaxPanelRows;
+  const int64_t bytes = transposed ? kTransposedBytes : kPanelBytes;
+  panel_rows_ = std::clamp(bytes / (4 * length_) / unit * unit, unit, most);
+  slice_rows_ = round_up(std::max<int64_t>(1, kSliceElements / length_), panel_rows_);
+  slices_ = (rows_ + slice_rows_ - 1) / slice_rows_;
+}
+
+int64_t Product::scratch(int64_t probes) const {
+  if (multiplies_bf16(probes)) return gram_bf16_scratch(cols_, col_stride_ != 1) / 4 + 1;
+  return panel_rows_ * (length_ + kProbes);
+}
+
+// Whether the machine's own bfloat16 products do it: they round x and W x to bfloat16, which moves
+// alpha by up to 0.2 %, and give 16 probes for the price of 4.
+bool Product::multiplies_bf16(int64_t probes) const {
+  return kernels().gram_bf16 != nullptr && dtype_ == DType::bf16 && scale_ == 1 &&
+         probes % kBf16Probes == 0 && (col_stride_ == 1 || row_stride_ == 1);
+}
+
+void Product::slice_bf16(int64_t first, int64_t rows, int64_t probes, const float* x, float* y,
+                         float* scratch) const {
+  const bool wide = col_stride_ != 1;
+  const auto* w = reinterpret_cast<const uint16_t*>(place(first));
+  for (int64_t p = 0; p < probes; p += kBf16Probes) {
+    kernels().gram_bf16(w, wide ? col_stride_ : row_stride_, wide ? cols_ : rows,
+                        wide ? rows : cols_, wide, x + p * length_, length_, y + p * length_,
+                        length_, scratch);
+  }
+}
+
+// Rows first .. first + rows as floats, `ld` apart, padded with zeros to whole kPanelRows and
+// kLanes: where they lie, if they lie so.
+const float* Product::panel(int64_t first, int64_t rows, float* scratch, int64_t* ld) const {
+  const Kernels& k = kernels();
+  if (dtype_ == DType::f32 && scale_ == 1 && col_stride_ == 1 && rows % kPanelRows == 0 &&
+      cols_ == length_) {
+    *ld = row_stride_;
+    return reinterpret_cast<const float*>(place(first));
+  }
+  *ld = length_;
+  const int64_t padded_rows = round_up(rows, kPanelRows);
+  if (col_stride_ != 1 && row_stride_ == 1 && parts_ == 1) {
+    if (cols_ != length_ || rows != padded_rows) {
+      std::fill(scratch, scratch + padded_rows * length_, 0.0f);
+    }
+    k.convert_columns(place(first), dtype_, col_stride_, cols_, rows, scale_, scratch, length_);
+    return scratch;
+  }
+  for (int64_t r = 0; r < rows; r += parts_) {
+    float* to = scratch + r * length_;
+    k.convert(place(first + r), dtype_, col_stride_, cols_ / parts_, scale_, conjugate_, to,
+              to + length_);
+    for (int64_t part = 0; part < parts_; ++part) {
+      std::fill(to + part * length_ + cols_, to + (part + 1) * length_, 0.0f);
+    }
+  }
+  std::fill(scratch + rows * length_, scratch + padded_rows * length_, 0.0f);
+  return scratch;
+}
+
+// The panel that begins at this row.
+Ahead Product::ahead(int64_t first) const {
+  const bool by_rows = col_stride_ == 1 && parts_ == 1;
+  return by_rows ? Ahead{place(first), row_stride_ * element_, element_} : Ahead{};
+}
+
+void Product::slice(int64_t index, int64_t probes, const float* x, float* y, float* scratch) const {
+  const Kernels& k = kernels();
+  const int64_t last = std::min(rows_, (index + 1) * slice_rows_);
+  float* t = scratch;
+  float* room = t + panel_rows_ * kProbes;
+  std::fill(y, y + probes * length_, 0.0f);
+  if (multiplies_bf16(probes)) {
+    const int64_t first = index * slice_rows_;
+    return slice_bf16(first, last - first, probes, x, y, scratch);
+  }
+  for (int64_t r = index * slice_rows_; r < last; r += panel_rows_) {
+    const int64_t rows = std::min(panel_rows_, last - r), padded_rows = round_up(rows, kPanelRows);
+    const bool follows = r + 2 * panel_rows_ <= last;
+    int64_t ld;
+    const float* w = panel(r, rows, room, &ld);
+    for (int64_t p = 0; p < probes; p += kProbes) {
+      const Ahead next = p == 0 && follows ? ahead(r + panel_rows_) : Ahead{};
+      k.panel_products(w, ld, padded_rows, length_, x + p * length_, length_, t, next);
+      k.panel_accumulate(w, ld, padded_rows, length_, t, y + p * length_, length_, next);
+    }
+  }
+}
+
+}  // namespace tb
