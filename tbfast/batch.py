@@ -81,7 +81,7 @@ class Batch:
         self.keys = [zlib.crc32(name.encode()) for name in self.names]
         self._references = [weakref.ref(tensor) for tensor in tensors]
         self._seen: tuple[Any, ...] = ()
-        self._table: Any = None  # _native.Table
+        self._table: Table | None = None
         self.table()
 
     @classmethod
@@ -116,8 +116,8 @@ class Batch:
         """For each weight its matrices, shape (matrices, rows, cols); views where they exist."""
         return [as_matrices(t, kind) for t, kind in zip(self.tensors(), self.kinds, strict=True)]
 
-    def table(self) -> Any:
-        """The ``_native.Table`` for the compiled verbs, looked up again where a weight has changed.
+    def table(self) -> Table:
+        """The table for the compiled verbs, looked up again where a weight has changed.
 
         Raises:
             RuntimeError: If a weight is gone or has given up its memory.
@@ -136,7 +136,7 @@ class Batch:
             self._table, self._seen = table, seen
         return table
 
-    def _described(self, tensors: Sequence[Tensor]) -> Any:
+    def _described(self, tensors: Sequence[Tensor]) -> Table:
         described: list[tuple[int, ...]] = []
         for layer, (tensor, name, kind, shape) in enumerate(
             zip(tensors, self.names, self.kinds, self.shapes, strict=True)

@@ -23,7 +23,18 @@ import numpy as np
 import torch
 
 from tbfast import __version__, _native
-from tbfast import bench_cases as c
+from tbfast.bench_cases import (
+    against_svdvals,
+    beside_busy_cores,
+    bfloat16_pass,
+    exact_model,
+    float32_pass,
+    gradient_memory,
+    low_rank,
+    multiplies_bfloat16,
+    python_loop,
+    sketch_memory,
+)
 from tbfast.bench_contest import Contest, Row, race
 from tbfast.bench_data import cold_bytes, cold_floats, words
 
@@ -63,18 +74,17 @@ class Case:
 
 def quick_cases() -> list[Case]:
     """What takes 20 seconds on two cores."""
-    svdvals = c.against_svdvals
     return [
-        Case("pass 768", partial(c.float32_pass, 768, 768, 4)),
-        Case("pass 2048", partial(c.float32_pass, 2048, 2048, 4, bar=0.9)),
-        Case("bfloat16 pass", partial(c.bfloat16_pass, 2048, 2048), 3),
-        Case("torch loop", partial(c.python_loop, 768, 72, bar=6), 5),
-        Case("alpha 768", partial(svdvals, 768, 8, bar=28, lin_bar=300), 5, 2.0),
-        Case("alpha 2048", partial(svdvals, 2048, 2, bar=55), 2, 2.0),
-        Case("exact", partial(c.exact_model, bar=5), 2, 2.0),
-        Case("rsvd", partial(c.low_rank, 768, 3072, 64, 6, bar=4), 2, 2.0),
-        Case("Lanczos memory", partial(c.sketch_memory, "GPT-2 small", _GPT2, 12)),
-        Case("gradient memory", partial(c.gradient_memory, 384)),
+        Case("pass 768", partial(float32_pass, 768, 768, 4)),
+        Case("pass 2048", partial(float32_pass, 2048, 2048, 4, bar=0.9)),
+        Case("bfloat16 pass", partial(bfloat16_pass, 2048, 2048), 3),
+        Case("torch loop", partial(python_loop, 768, 72, bar=6), 5),
+        Case("alpha 768", partial(against_svdvals, 768, 8, bar=28, lin_bar=300), 5, 2.0),
+        Case("alpha 2048", partial(against_svdvals, 2048, 2, bar=55), 2, 2.0),
+        Case("exact", partial(exact_model, bar=5), 2, 2.0),
+        Case("rsvd", partial(low_rank, 768, 3072, 64, 6, bar=4), 2, 2.0),
+        Case("Lanczos memory", partial(sketch_memory, "GPT-2 small", _GPT2, 12)),
+        Case("gradient memory", partial(gradient_memory, 384)),
     ]
 
 
@@ -84,27 +94,26 @@ def full_cases(minilm: Path | None = None) -> list[Case]:
     Args:
         minilm: A checkpoint of MiniLM-L6; None takes other weights of its shapes.
     """
-    svdvals = c.against_svdvals
     return [
-        Case("pass 768", partial(c.float32_pass, 768, 768, 4)),
-        Case("pass 3072 x 768", partial(c.float32_pass, 3072, 768, 4)),
-        Case("pass 768 x 3072", partial(c.float32_pass, 768, 3072, 4)),
-        Case("pass 2048", partial(c.float32_pass, 2048, 2048, 4, bar=0.9)),
-        Case("pass 4096", partial(c.float32_pass, 4096, 4096, 4, bar=0.9)),
-        Case("pass 2048, 8 probes", partial(c.float32_pass, 2048, 2048, 8)),
-        Case("bfloat16 pass 2048", partial(c.bfloat16_pass, 2048, 2048), 5),
-        Case("bfloat16 pass 4096", partial(c.bfloat16_pass, 4096, 4096), 5),
-        Case("torch loop", partial(c.python_loop, 768, 72, bar=6)),
-        Case("alpha 768", partial(svdvals, 768, 8, bar=28, lin_bar=300)),
-        Case("alpha 2048", partial(svdvals, 2048, 2, bar=55, lin_bar=800), 3),
-        Case("alpha 4096", partial(svdvals, 4096, 2, bar=55, bfloat16_bar=60), 2),
-        Case("exact", partial(c.exact_model, minilm, bar=5), 5),
-        Case("rsvd", partial(c.low_rank, 768, 3072, 64, 24, bar=4), 3),
-        Case("Lanczos memory", partial(c.sketch_memory, "GPT-2 small", _GPT2, 12)),
-        Case("Lanczos memory, wide", partial(c.sketch_memory, "12 blocks of 2048", _WIDE, 12)),
-        Case("gradient memory", partial(c.gradient_memory, 768)),
-        Case("busy sketch", partial(c.beside_busy_cores, 768, 8, sketch=True, bar=3), 5),
-        Case("busy exact", partial(c.beside_busy_cores, 384, 8, sketch=False, bar=3), 5),
+        Case("pass 768", partial(float32_pass, 768, 768, 4)),
+        Case("pass 3072 x 768", partial(float32_pass, 3072, 768, 4)),
+        Case("pass 768 x 3072", partial(float32_pass, 768, 3072, 4)),
+        Case("pass 2048", partial(float32_pass, 2048, 2048, 4, bar=0.9)),
+        Case("pass 4096", partial(float32_pass, 4096, 4096, 4, bar=0.9)),
+        Case("pass 2048, 8 probes", partial(float32_pass, 2048, 2048, 8)),
+        Case("bfloat16 pass 2048", partial(bfloat16_pass, 2048, 2048), 5),
+        Case("bfloat16 pass 4096", partial(bfloat16_pass, 4096, 4096), 5),
+        Case("torch loop", partial(python_loop, 768, 72, bar=6)),
+        Case("alpha 768", partial(against_svdvals, 768, 8, bar=28, lin_bar=300)),
+        Case("alpha 2048", partial(against_svdvals, 2048, 2, bar=55, lin_bar=800), 3),
+        Case("alpha 4096", partial(against_svdvals, 4096, 2, bar=55, bfloat16_bar=60), 2),
+        Case("exact", partial(exact_model, minilm, bar=5), 5),
+        Case("rsvd", partial(low_rank, 768, 3072, 64, 24, bar=4), 3),
+        Case("Lanczos memory", partial(sketch_memory, "GPT-2 small", _GPT2, 12)),
+        Case("Lanczos memory, wide", partial(sketch_memory, "12 blocks of 2048", _WIDE, 12)),
+        Case("gradient memory", partial(gradient_memory, 768)),
+        Case("busy sketch", partial(beside_busy_cores, 768, 8, sketch=True, bar=3), 5),
+        Case("busy exact", partial(beside_busy_cores, 384, 8, sketch=False, bar=3), 5),
     ]
 
 
@@ -127,7 +136,7 @@ class Machine:
     flops: float
 
     def __str__(self) -> str:
-        bfloat16 = " with bfloat16" if c.multiplies_bfloat16() else ""
+        bfloat16 = " with bfloat16" if multiplies_bfloat16() else ""
         return (
             f"{self.cpu}, {os.cpu_count()} cores\n"
             f"tbfast {__version__}, {self.threads} threads, {self.isa}{bfloat16}; "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import subprocess
 import sys
@@ -50,3 +51,9 @@ def test_the_extension_loads_where_torch_cannot_be_imported(tmp_path: Path) -> N
     )
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip() == _native.isa()
+
+
+def test_the_types_of_the_extension_name_what_it_has() -> None:
+    stub = ast.parse(Path(tbfast.__file__).with_name("_native.pyi").read_text())
+    typed = {node.name for node in stub.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    assert typed == {name for name in dir(_native) if not name.startswith("_")}

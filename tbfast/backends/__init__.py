@@ -1,9 +1,14 @@
 """Backends: the same verbs, written once plainly and once for speed.
 
-Every backend is a module with
+Every backend is a module with these verbs, each for all layers in one call:
 
 - ``eigenvalues(stacks, shares) -> list[Tensor]``
 - ``fit(spectra, options) -> FitTable``
+- ``gram_apply(batch, x) -> list[Tensor]``
+- ``lanczos(batch, probes, steps, seed, draw) -> Tridiagonals``
+- ``quadrature_fit(runs, options) -> SketchTable``
+- ``rsvd(batch, rank, oversample, power_iters, seed)``
+- ``dot(batch, values, scales)`` and ``drift(batch, rows, values)``
 
 ``reference`` defines the result, the others must agree with it.
 """
