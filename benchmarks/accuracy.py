@@ -2,8 +2,8 @@
 
     python benchmarks/accuracy.py [--quick] [--out docs/accuracy.md] [--data build/data]
 
-Along six trainings, anchors are taken and the estimates made from them compared a while later with
-all singular values in float64; fresh sketches as well, there and on matrices of known spectra.
+Along seven trainings, anchors are taken and the estimates made from them compared a while later
+with all singular values in float64; fresh sketches as well, there and on matrices of known spectra.
 Every row goes to benchmarks/results/accuracy.csv; of a quick run, beside its report.
 """
 
@@ -244,7 +244,10 @@ def main() -> None:
     write_csv(rows, table)
     versions = f"Python {platform.python_version()}, torch {torch.__version__}"
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(report(rows, f"{versions}; every seed is {SEED}"), encoding="utf-8")
+    out.write_text(
+        report(rows, f"{versions}. Seed of every training, anchor and sketch: {SEED}"),
+        encoding="utf-8",
+    )
     print(f"{len(rows)} rows in {table}, report in {out}")
 
 

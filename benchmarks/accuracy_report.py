@@ -31,13 +31,17 @@ SOURCES = {
 }
 # Fewer cases than these say nothing about a bucket.
 LEAST_CASES = 8
+PROMISED = 0.9  # share of cases within two standard errors
 
 INTRODUCTION = """\
 # How accurate the estimates of alpha are
 
-Written by `python benchmarks/accuracy.py` ({versions}); the rows behind the tables are in
-[accuracy.csv](../benchmarks/results/accuracy.csv). Alpha is that of `fit="median"`. The truth is
-alpha of all singular values, computed by LAPACK in float64.
+Written by `python benchmarks/accuracy.py`; the rows behind the tables are in
+[accuracy.csv](../benchmarks/results/accuracy.csv).
+{versions}.
+
+Alpha is that of `fit="median"`. The truth is alpha of all singular values, computed by LAPACK in
+float64.
 
 A *case* is a layer at one step of a training, and an anchor taken earlier. *Drift* is
 |W − W₀| / |W₀| since that anchor. Two figures stand in each cell: the error in **% of alpha**, root
@@ -54,8 +58,8 @@ are made from.
 | exact | `method="exact"` | all eigenvalues |
 | jitter floor | exact, xmin averaged over N/32 ranks to either side, relative to the anchor | – |
 
-The *jitter floor* is what no smooth estimate gets below: the exact alpha hangs on a single
-eigenvalue, the median, which moves erratically among its neighbours.
+The *jitter floor* is about what no smooth estimate gets below, but by luck: the exact alpha hangs
+on a single eigenvalue, the median, which moves erratically among its neighbours.
 
 *Within 2 errors* is the share of the cases below 80 % drift whose true error is at most twice the
 standard error that comes with the estimate. 95 % is what a normal error would give; tbfast promises
@@ -68,8 +72,9 @@ widths 512-768-768-3072-256, the next byte from 16 bytes. `tf`: a byte-level tra
 two blocks. Adam with rate 1e-3, SGD with rate 0.1 and momentum 0.9. Anchors after 0, 20 and 100
 steps, each looked at 1 step, about 20 and about 100 steps later.""",
     "fine": """\
-The 36 matrices of MiniLM's six blocks (N = 384), fine-tuned by AdamW with rate 1e-4 to tell which
-package a piece of source code is from. Anchors after 0 and 20 steps.""",
+The 36 matrices of MiniLM's six blocks (N = 384), fine-tuned by AdamW to tell which package a
+piece of source code is from; `minilm` with rate 1e-4, `minilm-5e-4` with 5e-4. Anchors after 0 and
+20 steps.""",
     "darcy": """\
 The four spectral weights of the demo's operator (24 complex 24×24 matrices each, 576 eigenvalues
 pooled), Adam with rate 1e-3. Anchors after 100, 400 and 1000 steps: the weights start at 1/width²
@@ -79,8 +84,8 @@ SYNTHETIC = """\
 Matrices of known spectra, no anchor: root mean square error in % of alpha, by N and probes, 20
 steps. N = 96: 8 matrices; 384: 6; 1536: 2, sketched 3 times each; 4096: 1, sketched 6 times. Power
 law: Gaussian, column j times j^-s. Rank 3/4: a product of Gaussian factors. One outlier: Gaussian,
-its largest singular value made 20 times as large. The column *exact* holds the largest error of
-`method="exact"`."""
+its largest singular value made 20 times as large. Seeds of the matrices: 0, 1, … The column *exact*
+holds the largest error of `method="exact"`, in %."""
 
 
 class Case(NamedTuple):
@@ -136,13 +141,10 @@ def rms(values: Iterable[float]) -> float:
 
 
 def percent(value: float) -> str:
-    """A share with two significant digits; a dash for none."""
+    """A share in per cent, without the sign; a dash for none."""
     if math.isnan(value):
         return "–"
-    share = 100 * value
-    if share < 0.001:
-        return "0.00"
-    return f"{share:.3f}" if share < 0.01 else f"{share:.2f}" if share < 1 else f"{share:.3g}"
+    return f"{100 * value:.2f}" if value < 0.1 else f"{100 * value:.1f}"
 
 
 def relative(some: Sequence[Case], method: str) -> float:
@@ -155,6 +157,12 @@ def coverage(errors: Iterable[tuple[float, float]]) -> float:
     return float(np.mean(within)) if within else math.nan
 
 
+def within(some: Sequence[Case], method: str) -> float:
+    """Coverage of a method over the cases that are in a bucket."""
+    near = [case for case in some if case.bucket()]
+    return coverage((case.miss(method), case.found[method][1]) for case in near)
+
+
 def table(some: Sequence[Case]) -> str:
     """Markdown: methods down, buckets of drift across."""
     by_bucket = {bucket: [case for case in some if case.bucket() == bucket] for bucket in BUCKETS}
@@ -164,14 +172,13 @@ def table(some: Sequence[Case]) -> str:
         markdown(["---"] * (len(BUCKETS) + 2)),
         markdown(["cases", *(str(len(found)) for found in by_bucket.values()), ""]),
     ]
-    near = [case for case in some if case.bucket()]
     for method, label in METHODS.items():
         cells = [label]
         for found in by_bucket.values():
             spread = rms(case.miss(method) / case.spread for case in found)
             both = f"{percent(relative(found, method))} / {percent(spread)}"
             cells.append(both if found else "–")
-        share = coverage((case.miss(method), case.found[method][1]) for case in near)
+        share = within(some, method)
         cells.append("–" if method == "exact" or math.isnan(share) else f"{100 * share:.0f} %")
         lines.append(markdown(cells))
     return "\n".join(lines)
@@ -206,6 +213,34 @@ def synthetic_table(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
+def synthetic_reading(rows: Sequence[Row]) -> str:
+    """Where more probes do not help, and where the standard error is too small."""
+    biased, short = [], []
+    for spectrum in dict.fromkeys(row.run for row in rows):
+        mine = [row for row in rows if row.run == spectrum and row.method != "exact"]
+        largest = max(row.n for row in mine if row.method == "fresh p16")
+        misses: dict[str, list[float]] = defaultdict(list)
+        for row in mine:
+            if row.n == largest:
+                misses[row.method].append(row.alpha / row.exact - 1)
+        few, many = rms(misses["fresh p4"]), rms(misses["fresh p16"])
+        share = coverage((abs(row.alpha - row.exact), row.error) for row in mine)
+        # Four times the probes should halve the error.
+        if many > 0.75 * few:
+            biased.append(f"{spectrum} ({percent(many)} % at N = {largest})")
+        if share < PROMISED:
+            short.append(f"{spectrum} ({100 * share:.0f} %)")
+    text = "What chance adds to the error falls as the root of 1 / (p N)."
+    if biased:
+        text += (
+            " Where p16 is hardly better than p4, the 20 steps set the error, and probes do not "
+            f"help: {listed(biased)}."
+        )
+    if short:
+        text += f" Standard errors that are too small: {listed(short)} within 2 errors."
+    return text
+
+
 def reading(some: Sequence[Case]) -> str:
     """What a table says, in sentences."""
     best: list[tuple[str, str]] = []
@@ -234,6 +269,10 @@ def reading(some: Sequence[Case]) -> str:
     )
     if losing:
         text += f" Fresh p8 is worse than doing nothing (stale) at {listed(losing)}."
+    shares = {METHODS[method]: within(some, method) for method in METHODS if method != "exact"}
+    short = [f"{label} ({100 * x:.0f} %)" for label, x in shares.items() if x < PROMISED]
+    if short:
+        text += f" Standard errors that are too small: {listed(short)} within 2 errors."
     return text
 
 
@@ -282,4 +321,5 @@ def report(rows: Sequence[Row], versions: str) -> str:
     synthetic = [row for row in rows if row.source == "synthetic"]
     if synthetic:
         parts += ["## Known spectra\n", f"{SYNTHETIC}\n", synthetic_table(synthetic), ""]
+        parts += [f"{synthetic_reading(synthetic)}\n"]
     return "\n".join(parts)

@@ -23,7 +23,7 @@ SEED = 0  # of every training: initial weights and batches
 Anchors = Mapping[int, Sequence[int]]
 # A step, twenty and a hundred after each anchor.
 FROM_START: Anchors = {0: (1, 20, 100), 20: (21, 40, 100), 100: (101, 120, 200)}
-FINE_TUNING: Anchors = {0: (1, 20, 60), 20: (40, 60)}
+FINE_TUNING: Anchors = {0: (1, 20, 60), 20: (60,)}
 # The operator starts from weights of 1 / width^2 and leaves them at once.
 OPERATOR: Anchors = {100: (101, 110, 200), 400: (401, 410, 600), 1000: (1001, 1020, 1100)}
 QUICK: Anchors = {0: (1, 4), 4: (5, 8)}
@@ -64,7 +64,8 @@ def trainings(data: Path, quick: bool = False) -> list[Training]:
         Training("init", "mlp-sgd", lambda: mlp(sgd), from_start),
         Training("init", "tf-adam", lambda: transformer(adam), from_start),
         Training("init", "tf-sgd", lambda: transformer(sgd), from_start),
-        Training("fine", "minilm", lambda: minilm(data / "minilm"), fine_tuning),
+        Training("fine", "minilm", lambda: minilm(data / "minilm", 1e-4), fine_tuning),
+        Training("fine", "minilm-5e-4", lambda: minilm(data / "minilm", 5e-4), fine_tuning),
         Training("darcy", "fno", lambda: darcy(data / "darcy"), operator),
     ]
 
@@ -169,7 +170,7 @@ def transformer(
     return learner(model, optimizer(model), loss)
 
 
-def minilm(folder: Path) -> tuple[nn.Module, Callable[[], object]]:
+def minilm(folder: Path, rate: float) -> tuple[nn.Module, Callable[[], object]]:
     """MiniLM learns which package of the standard library a piece of source code is from."""
     bert = runpy.run_path(str(EXAMPLES / "finetune_text" / "bert.py"))
     torch.manual_seed(SEED)
@@ -180,7 +181,7 @@ def minilm(folder: Path) -> tuple[nn.Module, Callable[[], object]]:
     head = nn.Linear(encoder.width, len(sources))
     groups: list[dict[str, Any]] = [
         {"params": encoder.blocks.parameters()},
-        {"params": head.parameters(), "lr": 1e-3},
+        {"params": head.parameters(), "lr": 10 * rate},
     ]
 
     def loss(generator: torch.Generator) -> Tensor:
@@ -189,7 +190,7 @@ def minilm(folder: Path) -> tuple[nn.Module, Callable[[], object]]:
         target = torch.arange(len(sources)).repeat_interleave(4)
         return F.cross_entropy(head(encoder(*tokenizer(texts, 32))), target)
 
-    return learner(encoder.blocks, AdamW(groups, lr=1e-4, weight_decay=0.01), loss)
+    return learner(encoder.blocks, AdamW(groups, lr=rate, weight_decay=0.01), loss)
 
 
 def darcy(folder: Path) -> tuple[nn.Module, Callable[[], object]]:

@@ -8,15 +8,16 @@
 namespace tb {
 namespace {
 
-// A block of a matrix that is multiplied at a time: rows a multiple of every tile's, depth such
-// that the part of X it meets stays in the first-level cache.
+// A block of a matrix that is multiplied at a time: rows a multiple of every tile's; it and the
+// part of X it meets stay in the second-level cache.
 constexpr int64_t kRows = 120;
-constexpr int64_t kDepth = 128;
+constexpr int64_t kDepth = 256;
 constexpr int64_t kLongest = std::max(kRows, kDepth);
 
 // Rows of a Gram matrix that are computed at a time, from their diagonal on; whole cache lines.
 constexpr int64_t kGramRows = 24;
 
+constexpr int64_t kShare = 20;      // rows multiplied between requests for the next block
 constexpr int64_t kLinesAhead = 4;  // of a block that are asked for before they are copied
 constexpr int64_t kCacheLine = 64;  // bytes
 
@@ -103,6 +104,18 @@ const T* View::direct(int64_t row, int64_t col) const {
   return reinterpret_cast<const T*>(data_) + row * row_step_ + col;
 }
 
+void View::fetch(int64_t row, int64_t rows, int64_t col, int64_t cols, int64_t share,
+                 int64_t shares) const {
+  const int64_t lines = by_row() ? rows : cols, length = by_row() ? cols : rows;
+  const int64_t step = by_row() ? col_step_ : row_step_;
+  const int64_t line_step = by_row() ? row_step_ : col_step_;
+  if (step != parts_) return;
+  const char* begin = data_ + (row * row_step_ + col * col_step_) * bytes_;
+  for (int64_t i = lines * share / shares; i < lines * (share + 1) / shares; ++i) {
+    prefetch(begin + i * line_step * bytes_, length * step * bytes_);
+  }
+}
+
 template <typename T>
 void View::copy(const Kernels& k, int64_t row, int64_t rows, int64_t col, int64_t cols, bool by_row,
                 T* out, int64_t ld, double* square) const {
@@ -177,17 +190,26 @@ void product(const Kernels& k, const View& a, const Block<T>& x, Block<T>& out, 
     }
     for (int64_t row = 0; row < a.rows(); row += kRows) {
       const int64_t rows = std::min(kRows, a.rows() - row);
-      if (const T* direct = a.template direct<T>(row, col)) {
+      const T* left = a.template direct<T>(row, col);
+      int64_t row_step = a.row_step(), depth_step = 1;
+      if (left != nullptr) {
         for (int64_t i = 0; square != nullptr && i < rows; ++i) {
-          *square += square_sum(k, direct + i * a.row_step(), cols);
+          *square += square_sum(k, left + i * row_step, cols);
         }
-        multiply_add(k, direct, a.row_step(), 1, rows, cols, right, out.row(row), ld, ld);
-        continue;
+      } else {
+        const bool by_row = a.by_row();
+        a.copy(k, row, rows, col, cols, by_row, panel, by_row ? kDepth : kRows, square);
+        left = panel;
+        row_step = by_row ? kDepth : 1;
+        depth_step = by_row ? 1 : kRows;
       }
-      const bool by_row = a.by_row();
-      a.copy(k, row, rows, col, cols, by_row, panel, by_row ? kDepth : kRows, square);
-      multiply_add(k, panel, by_row ? kDepth : 1, by_row ? 1 : kRows, rows, parts * cols, right,
-                   out.row(row), ld, ld);
+      // The next block comes in while this one is multiplied.
+      const int64_t ahead = std::min(kRows, a.rows() - row - rows), shares = kRows / kShare;
+      for (int64_t part = 0; part < rows; part += kShare) {
+        if (ahead > 0) a.fetch(row + rows, ahead, col, cols, part / kShare, shares);
+        multiply_add(k, left + part * row_step, row_step, depth_step, std::min(kShare, rows - part),
+                     parts * cols, right, out.row(row + part), ld, ld);
+      }
     }
   }
 }

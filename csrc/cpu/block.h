@@ -38,7 +38,10 @@ class View {
 
   int64_t rows() const { return rows_; }
   int64_t cols() const { return cols_; }
-  int64_t parts() const { return parts_; }               // 2 if complex
+  int64_t parts() const { return parts_; }  // 2 if complex
+  // Asks for one of `shares` shares of the lines of a block.
+  void fetch(int64_t row, int64_t rows, int64_t col, int64_t cols, int64_t share,
+             int64_t shares) const;
   bool by_row() const { return col_step_ < row_step_; }  // how it lies in memory
 
   // Element (row, col) if rows are contiguous and as T already, to be read as they lie; else null.

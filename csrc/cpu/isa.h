@@ -32,11 +32,17 @@ using Tridiagonalize = void (*)(T* a, int64_t n, double* diagonal, double* off_d
 constexpr int64_t kPanelRows = 4;  // and multiples of it
 constexpr int64_t kLanes = 16;
 constexpr int64_t kProbes = 4;
+constexpr int64_t kRowSums = kProbes * kLanes;
 
-// A panel of the same shape that will be read next, as it lies in memory; nothing if row is null.
+// A walk over the panel that comes next, to have it in cache by then: a line of each row in turn,
+// because memory serves many places at once faster than one.
 struct Ahead {
-  const char* row = nullptr;
-  int64_t row_bytes = 0, element_bytes = 0;
+  const char* at = nullptr;      // the line to ask for next; null when there is none left
+  int64_t second = 0, step = 0;  // a second line beside it, and the way to the next, in bytes
+  int64_t steps = 0;             // steps to walk down a column of lines
+  int64_t left = 0;              // of those
+  const char* column = nullptr;  // the line in the first row
+  const char* end = nullptr;     // of the first row
 };
 
 // Everything that is compiled once per instruction set.
@@ -50,12 +56,14 @@ struct Ahead {
   /* sums += those of (w - kept)^2, (w - kept) kept and kept^2 */                                  \
   void movement_f32(const float* w, const float* kept, int64_t n, double* sums);                   \
   void movement_f64(const double* w, const float* kept, int64_t n, double* sums);                  \
-  /* t[r][p] = sum over c of w[r][c] x[p][c]; asks for `next`, a panel like w, meanwhile */        \
+  /* sums[r][p] += lanes of w[r][c] x[p][c]: kRowSums floats for each row, see panel_sums */       \
   void panel_products(const float* w, int64_t ld, int64_t rows, int64_t cols, const float* x,      \
-                      int64_t ldx, float* t, Ahead next);                                          \
+                      int64_t ldx, float* sums, Ahead* next);                                      \
+  /* t[r][p] = the sum of the lanes */                                                             \
+  void panel_sums(int64_t rows, float* sums, float* t);                                            \
   /* y[p][c] += sum over r of w[r][c] t[r][p] */                                                   \
   void panel_accumulate(const float* w, int64_t ld, int64_t rows, int64_t cols, const float* t,    \
-                        float* y, int64_t ldy, Ahead next);                                        \
+                        float* y, int64_t ldy, Ahead* next);                                       \
   /* n elements as float, times scale; a complex row becomes two of 2 n: see ragged.h */           \
   void convert(const void* from, DType dtype, int64_t stride, int64_t n, double scale,             \
                bool conjugate, float* to, float* second);                                          \
@@ -123,6 +131,7 @@ struct Kernels {
   decltype(&scalar::movement_f32) movement_f32;
   decltype(&scalar::movement_f64) movement_f64;
   decltype(&scalar::panel_products) panel_products;
+  decltype(&scalar::panel_sums) panel_sums;
   decltype(&scalar::panel_accumulate) panel_accumulate;
   decltype(&scalar::convert) convert;
   decltype(&scalar::convert_columns) convert_columns;

@@ -18,33 +18,56 @@ using V = Vec<float>;
 constexpr int kRows = V::size / kProbes;  // then the sums of a tile fill one vector
 constexpr int kRowsAdded = V::size == 16 ? 4 : 2;
 
+// Asks for the next lines of the panel ahead.
+inline void fetch(Ahead& next) {
+  if (next.at == nullptr) return;
+  prefetch(next.at);
+  prefetch(next.at + next.second);
+  next.at += next.step;
+  if (--next.left == 0) {
+    next.left = next.steps;
+    next.column += 64;
+    next.at = next.column < next.end ? next.column : nullptr;
+  }
+}
+
 }  // namespace
 
 void panel_products(const float* w, int64_t ld, int64_t rows, int64_t cols, const float* x,
-                    int64_t ldx, float* t, Ahead next) {
+                    int64_t ldx, float* sums, Ahead* next) {
+  Ahead ahead = *next;
   for (int64_t r = 0; r < rows; r += kRows) {
     const float* row = w + r * ld;
+    float* mine = sums + r * kProbes * V::size;
     V sum[kRows * kProbes];
-    for (V& s : sum) s = V::zero();
+    for (int i = 0; i < kRows * kProbes; ++i) sum[i] = V::load(mine + i * V::size);
     for (int64_t c = 0; c < cols; c += V::size) {
       V right[kProbes];
       for (int p = 0; p < kProbes; ++p) right[p] = V::load(x + p * ldx + c);
-      if (next.row != nullptr && c % kLanes == 0) {
-        for (int i = 0; i < (kRows + 1) / 2; ++i) {
-          prefetch(next.row + (r + i) * next.row_bytes + c * next.element_bytes);
-        }
-      }
+      if (c % kLanes == 0) fetch(ahead);
       for (int i = 0; i < kRows; ++i) {
         const V element = V::load(row + i * ld + c);
         for (int p = 0; p < kProbes; ++p) sum[i * kProbes + p].add_product(element, right[p]);
       }
+    }
+    for (int i = 0; i < kRows * kProbes; ++i) sum[i].store(mine + i * V::size);
+  }
+  *next = ahead;
+}
+
+void panel_sums(int64_t rows, float* lanes, float* t) {
+  for (int64_t r = 0; r < rows; r += kRows) {
+    V sum[kRows * kProbes];
+    for (int i = 0; i < kRows * kProbes; ++i) {
+      sum[i] = V::load(lanes + (r * kProbes + i) * V::size);
     }
     sums<float>(sum).store(t + r * kProbes);
   }
 }
 
 void panel_accumulate(const float* w, int64_t ld, int64_t rows, int64_t cols, const float* t,
-                      float* y, int64_t ldy, Ahead next) {
+                      float* y, int64_t ldy, Ahead* next) {
+  Ahead ahead = *next;
   for (int64_t r = 0; r < rows; r += kRowsAdded) {
     const float* row = w + r * ld;
     V scale[kRowsAdded][kProbes];
@@ -54,11 +77,7 @@ void panel_accumulate(const float* w, int64_t ld, int64_t rows, int64_t cols, co
     for (int64_t c = 0; c < cols; c += V::size) {
       V element[kRowsAdded];
       for (int i = 0; i < kRowsAdded; ++i) element[i] = V::load(row + i * ld + c);
-      if (next.row != nullptr && c % kLanes == 0) {
-        for (int i = kRowsAdded / 2; i < kRowsAdded; ++i) {
-          prefetch(next.row + (r + i) * next.row_bytes + c * next.element_bytes);
-        }
-      }
+      if (c % kLanes == 0) fetch(ahead);
       for (int p = 0; p < kProbes; ++p) {
         float* out = y + p * ldy + c;
         V sum = V::load(out);
@@ -67,6 +86,7 @@ void panel_accumulate(const float* w, int64_t ld, int64_t rows, int64_t cols, co
       }
     }
   }
+  *next = ahead;
 }
 
 namespace {

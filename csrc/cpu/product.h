@@ -30,7 +30,7 @@ class Product {
   void slice_bf16(int64_t first, int64_t rows, int64_t probes, const float* x, float* y,
                   float* scratch) const;
   const float* panel(int64_t first, int64_t rows, float* scratch, int64_t* ld) const;
-  Ahead ahead(int64_t first) const;
+  Ahead ahead(int64_t first, int64_t probes) const;
   const char* place(int64_t row) const { return data_ + row / parts_ * row_stride_ * element_; }
 
   const char* data_;
@@ -41,6 +41,7 @@ class Product {
   int64_t parts_;    // real rows and columns for each stored one: 2 if complex
   double scale_;
   bool conjugate_;
+  int64_t columns_;  // with padding
   int64_t length_, panel_rows_, slice_rows_, slices_;
 };
 
