@@ -46,9 +46,9 @@ def test_the_command_prints_a_line_for_each_figure_and_writes_them_all(small, tm
     table = out.split("\n\n")[1].splitlines()
     # both passes over bfloat16 have two peers; three alphas and a drift have svdvals
     assert len(table) == 1 + 13
-    assert [line for line in table if "*" in line.replace("W.T @ (W @ X)", "")] == [
-        line for line in table if "WᵀW X, float32, one call" in line or "small" in line
-    ]
+    # Memory does not depend on the clock: the model that is too small for its bar is marked.
+    marked = [line for line in table if line.startswith("memory") and line.endswith("*")]
+    assert marked == [line for line in table if "small" in line]
 
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
