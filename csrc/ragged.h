@@ -11,6 +11,11 @@ enum class DType : int64_t { f16 = 0, bf16 = 1, f32 = 2, f64 = 3, c64 = 4, c128 
 
 inline bool is_complex(DType t) { return t == DType::c64 || t == DType::c128; }
 
+inline int64_t element_bytes(DType t) {
+  constexpr int64_t bytes[] = {2, 2, 4, 8, 8, 16};
+  return bytes[static_cast<int64_t>(t)];
+}
+
 // One matrix W where it lies. Whoever made it keeps the memory alive.
 struct Matrix {
   const void* data;

@@ -19,7 +19,7 @@ from torch import Tensor
 from tbfast.alpha import fit_spectra
 from tbfast.backends.philox import Purpose, philox, signs
 from tbfast.fitting import FitOptions
-from tbfast.matrices import Kind, eigenvalue_scale
+from tbfast.matrices import Kind, eigenvalue_scale, real_rows
 from tbfast.perturbation import alpha_gradient, decompose
 from tbfast.precision import zero_threshold
 from tbfast.tridiagonals import Tridiagonals
@@ -85,12 +85,6 @@ class AnchoredLayer:
         """Itself, without the eigenvectors."""
         self.parts = None
         return self
-
-
-def real_rows(stack: Tensor) -> Tensor:
-    """All rows of all matrices, (rows, width), complex ones (re, im) interleaved."""
-    rows = stack.reshape(-1, stack.shape[-1]).resolve_conj()
-    return torch.view_as_real(rows).flatten(1) if rows.is_complex() else rows
 
 
 def kept_rows(stack: Tensor, key: int, seed: int) -> Tensor:

@@ -107,6 +107,12 @@ def as_matrices(weight: Tensor, kind: Kind) -> Tensor:
     return weight.flatten(2).permute(2, 0, 1)
 
 
+def real_rows(stack: Tensor) -> Tensor:
+    """All rows of all matrices, (rows, width), complex ones (re, im) interleaved."""
+    rows = stack.reshape(-1, stack.shape[-1]).resolve_conj()
+    return torch.view_as_real(rows).flatten(1) if rows.is_complex() else rows
+
+
 def eigenvalue_scale(kind: Kind) -> float:
     """Factor on the eigenvalues of ``as_matrices(weight, kind)``: 0.5 for convolutions."""
     return _CONV_SCALE**2 if kind == "conv" else 1.0

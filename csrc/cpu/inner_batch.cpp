@@ -16,11 +16,6 @@ constexpr int64_t kTileCols = 128;
 constexpr int64_t kRun = 1024;     // elements widened at a time
 constexpr int64_t kMaxBytes = 16;  // of an element
 
-int64_t element_bytes(DType dtype) {
-  constexpr int64_t bytes[] = {2, 2, 4, 8, 8, 16};
-  return bytes[static_cast<int64_t>(dtype)];
-}
-
 const char* place(const Matrix& m, int64_t row, int64_t col) {
   return static_cast<const char*>(m.data) +
          (row * m.row_stride + col * m.col_stride) * element_bytes(m.dtype);

@@ -8,6 +8,7 @@
 #include <numeric>
 #include <utility>
 
+#include "cpu/block.h"
 #include "cpu/isa.h"
 #include "cpu/parallel.h"
 #include "cpu/product.h"
@@ -31,8 +32,6 @@ constexpr double kInvariant = 10 * kEps;
 constexpr double kSmallestMean = 1e-12, kLargestMean = 1e12;
 
 constexpr int64_t kSumChunk = 1 << 12;
-
-int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 
 // What a run on one matrix needs besides the matrix. With more than one thread the run is the only
 // one, and its slices and probes are spread over them.
@@ -71,38 +70,6 @@ void apply(const Product& product, int64_t probes, const float* x, float* y, Roo
       add(parts + (s - 1) * size, begin, std::min(size, begin + kSumChunk));
     }
   });
-}
-
-double element(const Matrix& m, int64_t place) {
-  switch (m.dtype) {
-    case DType::f64:
-    case DType::c128:
-      return static_cast<const double*>(m.data)[place];
-    default:
-      break;
-  }
-  float value = 0;
-  const DType dtype = m.dtype == DType::c64 ? DType::f32 : m.dtype;
-  const int64_t bytes = dtype == DType::f32 ? 4 : 2;
-  kernels().convert(static_cast<const char*>(m.data) + place * bytes, dtype, 1, 1, 1, false, &value,
-                    nullptr);
-  return static_cast<double>(value);
-}
-
-// Largest magnitude of an element of W; NaN or infinity if W holds one.
-double largest_element(const Matrix& m) {
-  const int64_t parts = is_complex(m.dtype) ? 2 : 1;
-  double largest = 0;
-  for (int64_t r = 0; r < m.rows; ++r) {
-    for (int64_t c = 0; c < m.cols; ++c) {
-      for (int64_t part = 0; part < parts; ++part) {
-        const double x = element(m, (r * m.row_stride + c * m.col_stride) * parts + part);
-        if (!std::isfinite(x)) return std::abs(x);
-        largest = std::max(largest, std::abs(x));
-      }
-    }
-  }
-  return largest;
 }
 
 // The runs on one matrix: views into a Tridiagonals.
@@ -144,9 +111,8 @@ void fill_signs(const Starts& starts, const Matrix& m, int64_t length, float* q)
 }
 
 // The first vectors of the basis, (padded probes, length), normalised; zero where there is none.
-void start(const Starts& starts, const Matrix& m, int64_t index, int64_t padded_probes,
-           int64_t length, float* basis) {
-  const Kernels& k = kernels();
+void start(const Kernels& k, const Starts& starts, const Matrix& m, int64_t index,
+           int64_t padded_probes, int64_t length, float* basis) {
   std::fill(basis, basis + padded_probes * length, 0.0f);
   if (starts.given.empty()) {
     fill_signs(starts, m, length, basis);
@@ -176,9 +142,8 @@ void turn(float* w, int64_t length, float sign) {
 // the next vector is then zero.
 //   basis: of this run, vectors `stride` apart     next: null at the last step
 //   products: scratch for j + 1 numbers
-bool advance(int64_t j, const float* basis, int64_t stride, int64_t length, float* w, float* next,
-             Runs& runs, int64_t probe, double* products) {
-  const Kernels& k = kernels();
+bool advance(const Kernels& k, int64_t j, const float* basis, int64_t stride, int64_t length,
+             float* w, float* next, Runs& runs, int64_t probe, double* products) {
   double* a = runs.diagonal + probe * runs.steps;
   double* b = runs.off_diagonal + probe * runs.steps;
   const float* q = basis + j * stride;
@@ -206,13 +171,14 @@ bool advance(int64_t j, const float* basis, int64_t stride, int64_t length, floa
 bool run(const Matrix& m, int64_t index, const Starts& starts, double scale, Runs runs,
          Room& room) {
   const Product product(m, scale);
+  const Kernels& k = product.kernels();
   const int64_t length = product.length(), padded = round_up(runs.probes, kProbes);
   // No Krylov space has more dimensions than W has different eigenvalues.
   const int64_t steps = std::min(runs.steps, m.count()), stride = padded * length;
   float* basis = room.set->basis.reserve(steps * stride);
   float* y = room.set->y.reserve(stride);
   double* products = room.set->products.reserve(runs.probes * steps);
-  start(starts, m, index, padded, length, basis);
+  start(k, starts, m, index, padded, length, basis);
   std::fill(runs.taken, runs.taken + runs.probes, 0);
   std::atomic<int64_t> running{runs.probes};
   for (int64_t j = 0; j < steps && running > 0; ++j) {
@@ -221,7 +187,8 @@ bool run(const Matrix& m, int64_t index, const Starts& starts, double scale, Run
       if (runs.taken[p] < j) return;  // has ended
       float* next = j + 1 < steps ? basis + (j + 1) * stride + p * length : nullptr;
       float* w = y + p * length;
-      if (!advance(j, basis + p * length, stride, length, w, next, runs, p, products + p * steps)) {
+      if (!advance(k, j, basis + p * length, stride, length, w, next, runs, p,
+                   products + p * steps)) {
         --running;
       }
     });
@@ -238,15 +205,15 @@ bool run(const Matrix& m, int64_t index, const Starts& starts, double scale, Run
 // Runs on one matrix, in the scale that its numbers need.
 void run_scaled(const Matrix& m, int64_t index, const Starts& starts, Runs runs, Room& room) {
   if (run(m, index, starts, 1, runs, room)) return;
-  const double largest = largest_element(m);
+  const double top = largest(kernels(), View(m, 1));
   std::fill(runs.taken, runs.taken + runs.probes, 1);
-  if (!std::isfinite(largest) || largest == 0) {
-    const double all = largest == 0 ? 0 : std::numeric_limits<double>::quiet_NaN();
+  if (!std::isfinite(top) || top == 0) {
+    const double all = top == 0 ? 0 : std::numeric_limits<double>::quiet_NaN();
     for (int64_t p = 0; p < runs.probes; ++p) runs.diagonal[p * runs.steps] = all;
     return;
   }
   int exponent;
-  std::frexp(largest, &exponent);
+  std::frexp(top, &exponent);
   run(m, index, starts, std::ldexp(1.0, -exponent), runs, room);
 }
 

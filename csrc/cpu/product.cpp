@@ -17,28 +17,11 @@ constexpr int64_t kBlockCols = 256;
 
 constexpr int64_t kSliceElements = 1 << 20;
 
-int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
-
-int64_t element_bytes(DType dtype) {
-  switch (dtype) {
-    case DType::f16:
-    case DType::bf16:
-      return 2;
-    case DType::f32:
-      return 4;
-    case DType::f64:
-    case DType::c64:
-      return 8;
-    case DType::c128:
-      break;
-  }
-  return 16;
-}
-
 }  // namespace
 
 Product::Product(const Matrix& m, double scale)
-    : data_(static_cast<const char*>(m.data)),
+    : kernels_(tb::kernels()),
+      data_(static_cast<const char*>(m.data)),
       dtype_(m.dtype),
       rows_(m.rows),
       cols_(m.cols),
@@ -75,7 +58,7 @@ int64_t Product::scratch(int64_t probes) const {
 // Whether the machine's own bfloat16 products do it: they round x and W x to bfloat16, which moves
 // alpha by up to 0.2 %, and give 16 probes for the price of 4.
 bool Product::multiplies_bf16(int64_t probes) const {
-  return kernels().gram_bf16 != nullptr && dtype_ == DType::bf16 && scale_ == 1 &&
+  return kernels_.gram_bf16 != nullptr && dtype_ == DType::bf16 && scale_ == 1 &&
          probes % kBf16Probes == 0 && (col_stride_ == 1 || row_stride_ == 1);
 }
 
@@ -84,16 +67,15 @@ void Product::slice_bf16(int64_t first, int64_t rows, int64_t probes, const floa
   const bool wide = col_stride_ != 1;
   const auto* w = reinterpret_cast<const uint16_t*>(place(first));
   for (int64_t p = 0; p < probes; p += kBf16Probes) {
-    kernels().gram_bf16(w, wide ? col_stride_ : row_stride_, wide ? cols_ : rows,
-                        wide ? rows : cols_, wide, x + p * length_, length_, y + p * length_,
-                        length_, scratch);
+    kernels_.gram_bf16(w, wide ? col_stride_ : row_stride_, wide ? cols_ : rows,
+                       wide ? rows : cols_, wide, x + p * length_, length_, y + p * length_,
+                       length_, scratch);
   }
 }
 
 // Rows first .. first + rows as floats, `ld` apart, padded with zeros to whole kPanelRows and
 // kLanes: where they lie, if they lie so.
 const float* Product::panel(int64_t first, int64_t rows, float* scratch, int64_t* ld) const {
-  const Kernels& k = kernels();
   if (dtype_ == DType::f32 && scale_ == 1 && col_stride_ == 1 && rows % kPanelRows == 0 &&
       cols_ == columns_) {
     *ld = row_stride_;
@@ -105,13 +87,14 @@ const float* Product::panel(int64_t first, int64_t rows, float* scratch, int64_t
     if (cols_ != columns_ || rows != padded_rows) {
       std::fill(scratch, scratch + padded_rows * length_, 0.0f);
     }
-    k.convert_columns(place(first), dtype_, col_stride_, cols_, rows, scale_, scratch, length_);
+    kernels_.convert_columns(place(first), dtype_, col_stride_, cols_, rows, scale_, scratch,
+                             length_);
     return scratch;
   }
   for (int64_t r = 0; r < rows; r += parts_) {
     float* to = scratch + r * length_;
-    k.convert(place(first + r), dtype_, col_stride_, cols_ / parts_, scale_, conjugate_, to,
-              to + length_);
+    kernels_.convert(place(first + r), dtype_, col_stride_, cols_ / parts_, scale_, conjugate_, to,
+                     to + length_);
     for (int64_t part = 0; part < parts_; ++part) {
       std::fill(to + part * length_ + cols_, to + (part + 1) * length_, 0.0f);
     }
@@ -136,7 +119,6 @@ Ahead Product::ahead(int64_t first, int64_t probes) const {
 }
 
 void Product::slice(int64_t index, int64_t probes, const float* x, float* y, float* scratch) const {
-  const Kernels& k = kernels();
   const int64_t last = std::min(rows_, (index + 1) * slice_rows_);
   std::fill(y, y + probes * length_, 0.0f);
   if (multiplies_bf16(probes)) {
@@ -157,18 +139,19 @@ void Product::slice(int64_t index, int64_t probes, const float* x, float* y, flo
     for (int64_t c = 0; c < columns_; c += kBlockCols) {
       const int64_t cols = std::min(kBlockCols, columns_ - c);
       for (int64_t g = 0; g < groups; ++g) {
-        k.panel_products(w + c, ld, padded_rows, cols, x + g * kProbes * length_ + c, length_,
-                         sums + g * padded_rows * kRowSums, &next);
+        kernels_.panel_products(w + c, ld, padded_rows, cols, x + g * kProbes * length_ + c,
+                                length_, sums + g * padded_rows * kRowSums, &next);
       }
     }
     for (int64_t g = 0; g < groups; ++g) {
-      k.panel_sums(padded_rows, sums + g * padded_rows * kRowSums, t + g * padded_rows * kProbes);
+      kernels_.panel_sums(padded_rows, sums + g * padded_rows * kRowSums,
+                          t + g * padded_rows * kProbes);
     }
     for (int64_t c = 0; c < columns_; c += kBlockCols) {
       const int64_t cols = std::min(kBlockCols, columns_ - c);
       for (int64_t g = 0; g < groups; ++g) {
-        k.panel_accumulate(w + c, ld, padded_rows, cols, t + g * padded_rows * kProbes,
-                           y + g * kProbes * length_ + c, length_, &next);
+        kernels_.panel_accumulate(w + c, ld, padded_rows, cols, t + g * padded_rows * kProbes,
+                                  y + g * kProbes * length_ + c, length_, &next);
       }
     }
   }

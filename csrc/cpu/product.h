@@ -8,6 +8,8 @@
 
 namespace tb {
 
+inline int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
+
 // One matrix seen as a tall one, and cut into slices of rows. The slices depend on the shape alone:
 // their sums are added in order, whoever computes them, so that threads never change a bit.
 class Product {
@@ -15,6 +17,7 @@ class Product {
   // W times `scale` stands in for W.
   Product(const Matrix& matrix, double scale);
 
+  const Kernels& kernels() const { return kernels_; }
   int64_t length() const { return length_; }  // of a vector, padding included
   int64_t slices() const { return slices_; }
 
@@ -33,6 +36,7 @@ class Product {
   Ahead ahead(int64_t first, int64_t probes) const;
   const char* place(int64_t row) const { return data_ + row / parts_ * row_stride_ * element_; }
 
+  const Kernels& kernels_;  // looked up once: it asks the environment
   const char* data_;
   DType dtype_;
   int64_t rows_, cols_;  // of the real, tall matrix

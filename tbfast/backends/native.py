@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,13 +28,7 @@ def fit(spectra: Sequence[NDArray[np.float64]], options: FitOptions) -> FitTable
     alpha, xmin, ks, start, n_tail, reason = _native.fit(
         np.concatenate([*spectra, np.empty(0)]),
         offsets,
-        kind=FIT_KINDS.index(options.kind),
-        xmin_pos=options.xmin_pos,
-        smooth=options.smooth,
-        k=options.k,
-        bins=options.bins,
-        peak_compat=options.peak_compat,
-        max_alpha=MAX_ALPHA,
+        **_fit_options(options),
         threads=_native.num_threads(),
     )
     return FitTable(alpha, xmin, ks, start, n_tail, reason)
@@ -107,10 +103,6 @@ def rsvd(
     return [(*map(torch.from_numpy, factors), error) for *factors, error in found]
 
 
-def _flat(tensors: Sequence[Tensor]) -> NDArray[np.float32]:
-    return torch.cat([t.detach().float().flatten() for t in tensors]).numpy()
-
-
 def quadrature_fit(runs: Tridiagonals, options: FitOptions) -> SketchTable:
     """Fit all layers in one threaded call; see ``reference_slq.quadrature_fit``."""
     *fits, n_zeros, max_eigenvalue, sum_eigenvalues, sketch_error = _native.quadrature_fit(
@@ -120,13 +112,20 @@ def quadrature_fit(runs: Tridiagonals, options: FitOptions) -> SketchTable:
         runs.first,
         runs.count,
         eps=runs.eps,
-        kind=FIT_KINDS.index(options.kind),
-        xmin_pos=options.xmin_pos,
-        smooth=options.smooth,
-        k=options.k,
-        bins=options.bins,
-        peak_compat=options.peak_compat,
-        max_alpha=MAX_ALPHA,
+        **_fit_options(options),
         threads=_native.num_threads(),
     )
     return SketchTable(FitTable(*fits), n_zeros, max_eigenvalue, sum_eigenvalues, sketch_error)
+
+
+def _fit_options(options: FitOptions) -> dict[str, Any]:
+    """As the compiled fits take them."""
+    return {
+        **asdict(options),
+        "kind": FIT_KINDS.index(options.kind),
+        "max_alpha": MAX_ALPHA,
+    }
+
+
+def _flat(tensors: Sequence[Tensor]) -> NDArray[np.float32]:
+    return torch.cat([t.detach().float().flatten() for t in tensors]).numpy()

@@ -19,6 +19,7 @@ from tbfast.backends.reference_lanczos import gram_apply, lanczos
 from tbfast.backends.reference_rsvd import rsvd
 from tbfast.backends.reference_slq import quadrature_fit
 from tbfast.batch import Batch
+from tbfast.matrices import real_rows
 
 __all__ = ["dot", "drift", "eigenvalues", "fit", "gram_apply", "lanczos", "quadrature_fit", "rsvd"]
 
@@ -64,7 +65,7 @@ def dot(batch: Batch, values: Tensor, scales: Tensor) -> tuple[Array, Array]:
     inner, square = np.zeros(len(batch)), np.zeros(len(batch))
     row = element = 0
     for layer, stack in enumerate(batch.stacks()):
-        real = _real_rows(stack)
+        real = real_rows(stack.detach()).double()
         scale = scales[row : row + len(real)].double()
         gradient = values[element : element + real.numel()].double().view_as(real)
         inner[layer] = float((real * gradient * scale[:, None]).sum())
@@ -88,7 +89,7 @@ def drift(batch: Batch, rows: Tensor, values: Tensor) -> tuple[Array, Array, Arr
     sums = np.zeros((3, len(batch)))
     first = element = 0
     for layer, stack in enumerate(batch.stacks()):
-        real = _real_rows(stack)
+        real = real_rows(stack.detach()).double()
         mine = rows[(rows >= first) & (rows < first + len(real))] - first
         now = real[mine]
         before = values[element : element + now.numel()].double().view_as(now)
@@ -96,9 +97,3 @@ def drift(batch: Batch, rows: Tensor, values: Tensor) -> tuple[Array, Array, Arr
         sums[:, layer] = [float(s.sum()) for s in (step * step, step * before, before * before)]
         first, element = first + len(real), element + now.numel()
     return sums[0], sums[1], sums[2]
-
-
-def _real_rows(stack: Tensor) -> Tensor:
-    """All rows of all matrices as float64 (rows, width), complex ones (re, im) interleaved."""
-    rows = stack.detach().reshape(-1, stack.shape[-1]).resolve_conj()
-    return (torch.view_as_real(rows).flatten(1) if rows.is_complex() else rows).double()
