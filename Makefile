@@ -34,13 +34,15 @@ MINILM := build/data/minilm/model.safetensors
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint bench wheel sanitize gpu-check format clean install test-installed ci-wheels
+.PHONY: help demo test lint bench wheel sanitize gpu-check format clean install test-installed \
+    test-deepspeed ci-wheels
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 demo: install ## low-data Darcy flow and MiniLM's spectra; writes out/
 	$(VENV)/$(BIN)/python examples/fetch.py --out build/data
+	rm -rf out/darcy # finished runs in it would not be repeated
 	$(VENV)/$(BIN)/python examples/darcy/run.py --data build/data/darcy --out out/darcy
 	$(VENV)/$(BIN)/tbfast analyze $(MINILM) --json out/minilm.json --csv out/minilm.csv \
 	    --plot out/minilm.png --html out/minilm.html
@@ -134,6 +136,10 @@ $(TOOLS)/.cibuildwheel:
 # cibuildwheel runs this against each wheel it has built, with PYTEST from the environment it made.
 test-installed:
 	$(call RUN_PYTEST) $(CURDIR)/tests
+
+test-deepspeed: install
+	$(VENV)/$(BIN)/python $(PIP) install deepspeed==0.19.8
+	$(call RUN_PYTEST) $(CURDIR)/tests/test_distributed_deepspeed.py
 
 ci-wheels: $(TOOLS)/.cibuildwheel
 	$(TOOLS)/$(BIN)/cibuildwheel --output-dir wheelhouse

@@ -164,7 +164,8 @@ def _aligned_to(
             )
         weights = [read(layer.name).detach().cpu() for layer in some]
         batch = batch_of(some, weights)
-        found = sketched_measurements(batch, known.sketch(batch, sketch.steps))
+        table = known.sketch(batch, sketch.steps)
+        found = sketched_measurements(batch.kinds, [layer.n_eigs for layer in some], table)
         return _with_norms(found, some, weights)
 
     return measured

@@ -15,13 +15,14 @@ from statistics import fmean
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
+from tbfast.lora_layers import Weight
 from tbfast.matrices import Layer, block_of, type_of
 from tbfast.presets import Options, resolve
 from tbfast.rates import fixed_factors, lr_factors, quantise
 from tbfast.tracker import Tracker
 
+_CLASSES = 16  # rates at most, unless asked otherwise
 _PER_LAYER = ("target", "origin", "sums")
 _SCALARS = ("ramp_began", "refreshes", "refreshed_at", "frozen")
 
@@ -67,6 +68,8 @@ class Balancer:
         self._refreshes = 0
         self._refreshed_at: int | None = None
         self._frozen = False
+        self._shown: dict[str, float] = {}
+        self._shown_for: tuple[list[float], int] | None = None
         self._history: deque[tuple[int, list[float], list[float]]]
         self._history = deque(maxlen=self.options.history)
         if self.options.mapping == "fixed":
@@ -79,18 +82,40 @@ class Balancer:
 
     @property
     def errors(self) -> dict[str, float]:
-        """Standard error of each layer's latest alpha; NaN before the first."""
-        return self._by_name(self._tracker.error)
+        """Standard error of each alpha against the exact one of the present weights.
+
+        It grows as the weights move on since they were measured; NaN before the first time.
+        """
+        return self._by_name(self._tracker.error(self.steps))
 
     @property
     def factors(self) -> dict[str, float]:
-        """Factor of each layer for the next optimizer step; always finite and above 0."""
-        return self._by_name(self._factors())
+        """Factor of each layer for the next optimizer step; always finite and above 0.
+
+        The same dict as long as they stay what they are; not to be changed.
+        """
+        done = min(self.steps - self._ramp_began, self.options.ramp)
+        if (
+            self._shown_for is None
+            or self._shown_for[0] is not self._target
+            or (self._shown_for[1] != done)
+        ):
+            self._shown_for = (self._target, done)
+            self._shown = self._by_name(self._factors())
+        return self._shown
 
     @property
     def overhead(self) -> float:
-        """Share of the wall time since the first optimizer step that measuring took, 0 to 1."""
-        return self._tracker.budget.overhead()
+        """Share of the wall time since the first optimizer step that measuring took, 0 to 1.
+
+        Without the first measurement of the layers, which took ``initial_seconds``.
+        """
+        return self._tracker.budget.overhead
+
+    @property
+    def initial_seconds(self) -> float:
+        """Wall time of the first measurement of the layers."""
+        return self._tracker.budget.initial
 
     @property
     def history(self) -> list[tuple[int, dict[str, float], dict[str, float]]]:
@@ -102,16 +127,17 @@ class Balancer:
         """Whether the weights should be shown to ``update`` now."""
         if not self._measures:
             return False
-        return self._refreshed_at is None or self.steps - self._refreshed_at >= self.options.every
+        rested = self._refreshed_at is None or self.steps - self._refreshed_at >= self.options.every
+        return rested and self._tracker.is_ready
 
     def advance(self) -> None:
         """Count one optimizer step."""
-        self._tracker.budget.begin()
+        self._tracker.tick()
         self.steps += 1
         if self._measures and self.steps == self.options.start:
             self._remap()
 
-    def update(self, weights: Mapping[str, Tensor]) -> None:
+    def update(self, weights: Mapping[str, Weight]) -> None:
         """Measure layers and compute new factors.
 
         A layer whose alpha cannot be had keeps its last alpha and factor, 1 if it never had one.
@@ -239,8 +265,8 @@ class Balancer:
         return self.options.start == "auto" or self.steps >= self.options.start
 
     def _remap(self) -> None:
-        """Aim at the factors of the present alphas."""
-        if not self._started:
+        """Aim at the factors of the present alphas, once each layer has been looked at."""
+        if not self._started or self._tracker.is_starting:
             return
         o, tracker = self.options, self._tracker
         shown = list(tracker.alpha)
@@ -254,21 +280,32 @@ class Balancer:
             means.pop(None, None)  # layers outside any block: factor 1
             by_group = dict(zip(means, self._map(list(means.values())), strict=True))
             factors = [by_group.get(group, 1.0) for group in groups]
+        factors = self._rounded(factors, shown)
         for row, layer in enumerate(self.layers):
             if self._at_high(layer):
                 factors[row] = o.high
             elif tracker.lost[row] and math.isfinite(tracker.alpha[row]):
                 factors[row] = self._target[row]  # its last alpha still counts for the others
-        self._aim(factors)
+        if factors != self._target:
+            self._aim(factors)
 
     def _map(self, alpha: list[float]) -> list[float]:
         o = self.options
         factors = lr_factors(alpha, o.mapping, low=o.low, high=o.high, **o.mapping_options)
-        if o.rate_classes is not None:
-            known = torch.tensor(alpha).isfinite()  # a layer without alpha stays at 1
-            rounded = quantise(factors, o.rate_classes, o.mapping, o.low, o.high)
-            factors = torch.where(known, rounded, factors)
         return [float(factor) for factor in factors]
+
+    def _rounded(self, factors: list[float], alphas: list[float]) -> list[float]:
+        """Factors in classes, of which the optimizer makes one group each."""
+        o, classes = self.options, self.options.rate_classes
+        if classes == "auto":
+            classes = _CLASSES if len(self.layers) > _CLASSES else None
+        if classes is None:
+            return factors
+        exact, before = torch.tensor([factors, self._target], dtype=torch.float64)
+        rounded = quantise(exact, classes, o.mapping, o.low, o.high, before).tolist()
+        # A layer without alpha stays at 1.
+        pairs = zip(alphas, rounded, factors, strict=True)
+        return [r if math.isfinite(a) else f for a, r, f in pairs]
 
     def _aim(self, target: list[float]) -> None:
         self._origin = self._factors()

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 from torch.nn import Parameter
 
+from tbfast.lora_layers import remember
 from tbfast.matrices import Pattern, name_filter
 from tbfast.presets import TieNorms, select_options
 from tbfast.selection import tuned_layers
@@ -31,7 +32,9 @@ def param_groups(
     The first group, ``"untuned"``, holds every parameter that is not tuned; it is left out if
     there is none. Then one group per layer: ``name`` (its weight's parameter name), ``kind`` and
     ``role`` (what :class:`TempBalance` needs to measure it), ``params`` (the weight first, then
-    bias and tied norm). Parameters with ``requires_grad=False`` are in no group.
+    bias and tied norm). Parameters with ``requires_grad=False`` are in no group. The group of a
+    PEFT LoRA layer holds A and B, under the name of their frozen weight, and says ``lora=True``:
+    what is measured is W + s·B·A, which :class:`TempBalance` takes from the model.
 
     Args:
         model: Any module.
@@ -60,7 +63,7 @@ def param_groups(
     }
     tuned = tuned_layers(model, select_options(preset, given), include=include, exclude=exclude)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    tuned = [entry for entry in tuned if entry.layer.name in parameters]
+    tuned = [entry for entry in tuned if entry.members[0] in parameters]
     free = name_filter(no_decay, None)
     decays = {name: not free(name, p) for name, p in parameters.items()}
 
@@ -86,5 +89,9 @@ def param_groups(
         extra: dict[str, Any] = {"kind": entry.layer.kind}
         if entry.layer.role is not None:
             extra["role"] = entry.layer.role
+        if entry.lora is not None:
+            extra["lora"] = True
+            for name in parameters.keys() & set(entry.lora.members):
+                remember(parameters[name], entry.lora)
         groups += split(entry.layer.name, entry.members, extra)
     return groups

@@ -21,6 +21,7 @@ from tbfast.spectra import Method, check_method
 TieNorms = Literal["name", "order", "block", "none"]
 GroupBy = Literal["block", "type", "layer"]
 Of = Literal["weight", "grad", "momentum"]
+OfWhat = Literal["lr", "weight_decay"]
 
 _RATES: dict[str, dict[str, Any]] = {
     "tempbalance": {"mapping": "linear", "low": 0.5, "high": 1.5, "xmin_pos": 2.0},
@@ -93,11 +94,13 @@ class Options:
     budget: float | None = 0.01
     method: Method = "auto"
     of: Of = "weight"
+    of_what: OfWhat = "lr"
     shape_correction: Literal["null", "farms"] | None = None
     group_by: GroupBy = "layer"
     ema: float = 0.0
     ramp: int = 0
-    rate_classes: int | None = None
+    rate_classes: int | Literal["auto"] | None = "auto"
+    warm_start: int = 0
     start: int | Literal["auto"] = 0
     history: int = 1000
     seed: int = 0
@@ -133,8 +136,8 @@ def resolve(preset: str, given: Mapping[str, Any]) -> Options:
     if unknown := sorted(set(given) - known):
         raise TypeError(f"unknown option {unknown[0]!r}; known are {', '.join(sorted(known))}")
     chosen = {**_DEFAULTS, **_RATES[preset], **{k: v for k, v in given.items() if v is not None}}
-    if "budget" in given:
-        chosen["budget"] = given["budget"]  # None is a value here: no limit
+    # None is a value of these: no limit, and no rounding.
+    chosen |= {k: given[k] for k in ("budget", "rate_classes") if k in given}
     kind: FitKind = chosen.pop("fit")
     sketch = {k: chosen.pop(k) for k in _SKETCH_OPTIONS if k in chosen}
     fit = fit_options(kind, {k: chosen.pop(k) for k in _FIT_OPTIONS if k in chosen})
@@ -155,12 +158,15 @@ def _check(o: Options) -> None:
     check_method(o.method)
     get_backend(o.backend)
     _check_choice("of", o.of, ("weight", "grad", "momentum"))
+    _check_choice("of_what", o.of_what, ("lr", "weight_decay"))
     _check_choice("group_by", o.group_by, ("block", "type", "layer"))
     _check_choice("shape_correction", o.shape_correction, (None, "null", "farms"))
     _check_whole("every", o.every, 1)
     _check_whole("ramp", o.ramp, 0)
     _check_whole("history", o.history, 0)
-    _check_whole("rate_classes", 2 if o.rate_classes is None else o.rate_classes, 2)
+    if o.rate_classes not in (None, "auto"):
+        _check_whole("rate_classes", o.rate_classes, 2)
+    _check_whole("warm_start", o.warm_start, 0)
     _check_whole("start", 0 if o.start == "auto" else o.start, 0)
     if o.budget is not None and not 0 < o.budget <= 1:
         raise ValueError(f"budget must lie in (0, 1], or be None for no limit; got {o.budget!r}")

@@ -22,6 +22,8 @@ from torch import Tensor
 MappingName = Literal["linear", "sqrt", "log2", "step", "sigmoid", "reverse", "fixed"]
 MAPPINGS: tuple[MappingName, ...] = get_args(MappingName)
 
+# Share of the way to the next class at which a factor changes over.
+_HYSTERESIS = 0.75
 _EXP_TEMP = 10.0  # published slope of the sigmoid
 
 
@@ -125,11 +127,24 @@ def fixed_factors(names: Sequence[str], factors: Mapping[str, float]) -> list[fl
     ]
 
 
-def quantise(factors: Tensor, classes: int, mapping: str, low: float, high: float) -> Tensor:
+def quantise(
+    factors: Tensor,
+    classes: int,
+    mapping: str,
+    low: float,
+    high: float,
+    before: Tensor | None = None,
+) -> Tensor:
     """The nearest of ``classes`` values to each factor.
 
     The values divide [low, high] evenly, or by a constant ratio for ``"sigmoid"``, whose range is
     one of ratios; for ``"sqrt"`` and ``"log2"`` they divide the range that the factors span.
+
+    Args:
+        factors: Shape (layers,), above 0.
+        classes, mapping, low, high: As for ``lr_factors`` and ``TempBalance``.
+        before: What each was rounded to last time. It stays there until it is three quarters of the
+            way to the next value, so that noise does not toggle it.
     """
     if mapping in ("sqrt", "log2"):
         low, high = float(factors.min()), float(factors.max())
@@ -140,6 +155,12 @@ def quantise(factors: Tensor, classes: int, mapping: str, low: float, high: floa
     else:
         steps = torch.linspace(low, high, classes, dtype=torch.float64)
     nearest = (factors.log()[:, None] - steps.log()).abs().argmin(1)
+    if before is not None:
+        last = (before[:, None] - steps).abs().argmin(1)
+        onward = (last + (factors - before).sign().long()).clamp(0, classes - 1)
+        way = (factors.log() - steps[last].log()) / (steps[onward].log() - steps[last].log())
+        stays = (before == steps[last]) & ~(way > _HYSTERESIS)
+        nearest = torch.where(stays, last, nearest)
     return steps[nearest]
 
 

@@ -13,10 +13,12 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from tbfast.balancer import Balancer
 from tbfast.fitting import FitKind
+from tbfast.lora_layers import lora_of_group
 from tbfast.matrices import Layer
-from tbfast.optim import check_free, claim, release, seen_tensor, was_skipped
-from tbfast.presets import GroupBy, Of
+from tbfast.optim import StepHooks, check_free, check_scaled, claim, release, seen_tensor, unwrapped
+from tbfast.presets import GroupBy, Of, OfWhat
 from tbfast.rates import MappingName
+from tbfast.regroup import Regrouping
 from tbfast.spectra import Method
 
 
@@ -27,7 +29,9 @@ class TempBalance(LRScheduler):
     ``step`` steps ``base`` on the rates without factors and puts the factors back on, so nothing
     compounds. It may be called as often as the base schedule wants (each batch, each epoch):
     spectra are measured only when the optimizer has taken ``every`` steps since the last time,
-    which a hook on the optimizer counts, without the steps that a GradScaler skipped.
+    which a hook on the optimizer counts, without the steps that a GradScaler skipped. While the
+    optimizer steps, groups with equal hyperparameters are one, so that many layers do not slow it
+    down; but not groups whose rate is a tensor, which compiled and captured steps hold on to.
 
     Args:
         optimizer: Any torch optimizer with groups from :func:`tbfast.param_groups`.
@@ -44,13 +48,17 @@ class TempBalance(LRScheduler):
             new probes at each step.
         of: Whose spectrum: the ``"weight"``, its ``"grad"``, or the optimizer's ``"momentum"``
             (``exp_avg`` or ``momentum_buffer``). A layer without one yet has the factor 1.
+        of_what: What factors multiply: ``"lr"`` or the group's ``"weight_decay"`` (a light tail
+            gets the stronger decay: AlphaDecay, arXiv 2506.14562, whose range is low=0.667,
+            high=3). A group without decay stays without.
         shape_correction: ``"null"``: alpha minus that of Gaussian noise of the same shape, plus
             that of square noise. ``"farms"``: alpha of square sub-matrices.
         group_by: One factor from the mean alpha of each ``"block"`` (layers outside any: 1) or
             ``"type"``; ``"layer"`` for one each.
         ema: Weight of the old alpha at a refresh, in [0, 1).
         ramp: Optimizer steps over which a new factor is reached linearly.
-        rate_classes: Round factors to so many values over the range.
+        rate_classes: Round factors to so many values over the range; ``"auto"``: to 16 where there
+            are more layers than that; None: not at all.
         seed: Of a sketch; exact spectra do not use it.
         backend: ``"auto"``, ``"native"`` or ``"reference"``.
         **options: ``start``: optimizer steps before the map acts (0, as published), or ``"auto"``:
@@ -80,15 +88,17 @@ class TempBalance(LRScheduler):
         xmin_pos: float | None = None,
         method: Method = "auto",
         of: Of = "weight",
+        of_what: OfWhat = "lr",
         shape_correction: Literal["null", "farms"] | None = None,
         group_by: GroupBy | None = None,
         ema: float | None = None,
         ramp: int = 0,
-        rate_classes: int | None = None,
+        rate_classes: int | Literal["auto"] | None = "auto",
         seed: int = 0,
         backend: str = "auto",
         **options: Any,
     ) -> None:
+        optimizer = unwrapped(optimizer)
         check_free(optimizer)
         _check_base(optimizer, base)
         self.optimizer = optimizer
@@ -105,6 +115,7 @@ class TempBalance(LRScheduler):
             xmin_pos=xmin_pos,
             method=method,
             of=of,
+            of_what=of_what,
             shape_correction=shape_correction,
             group_by=group_by,
             ema=ema,
@@ -116,14 +127,15 @@ class TempBalance(LRScheduler):
         )
         self.last_epoch = 0
         self._step_count = 1  # torch counts the initial step
-        self._in_step = False
+        self._what = self.balancer.options.of_what
+        check_scaled(optimizer, self._what)
         _unshare_rates(optimizer)
+        self.base_lrs = [float(group["lr"]) for group in optimizer.param_groups]
         self._base_rates = self._read()
-        self.base_lrs = list(self._base_rates.values())
+        self._hooks: StepHooks | None = None
         self._measure()
-        self._count_steps()
         self._write()
-        claim(optimizer)
+        self._install()
 
     def step(self, *args: Any, **kwargs: Any) -> None:
         """Step the base scheduler with these arguments, measure if due, set all rates.
@@ -132,19 +144,17 @@ class TempBalance(LRScheduler):
             RuntimeError: If no layer had finite weights in 3 refreshes in a row; the rates
                 are then those of the last step.
         """
-        if self._handles[1].id not in self.optimizer._optimizer_step_post_hooks:
-            self._count_steps()  # copying or unpickling an optimizer leaves its hooks behind
+        if self._hooks is None:
+            self._install()
         if self.balancer.due:
             self._measure()
-        if self.base is None:
-            written = self._written
+        if self.base is None or self._what != "lr":  # what the schedule does not set, the user does
             now = self._read()
-            foreign = {k: v for k, v in now.items() if written.get(k) != v}
-            self._base_rates.update(foreign)
-        else:
-            for key, group in _keyed(self.optimizer):
-                if key in self._base_rates:
-                    _set_rate(group, self._base_rates[key])
+            if now != self._written:
+                before = self._written.items()
+                self._base_rates.update(now.items() - before)
+        if self.base is not None:
+            self._put_base_rates()
             self.base.step(*args, **kwargs)
             self._base_rates = self._read()
         self.last_epoch += 1
@@ -153,11 +163,9 @@ class TempBalance(LRScheduler):
 
     def detach(self) -> None:
         """Give every group its base rate, and the optimizer back to others."""
-        for key, group in _keyed(self.optimizer):
-            if key in self._base_rates:
-                _set_rate(group, self._base_rates[key])
-        for handle in self._handles:
-            handle.remove()
+        if self._hooks is not None:
+            self._hooks.remove()
+        self._put_base_rates()
         release(self.optimizer)
 
     def state_dict(self) -> dict[str, Any]:
@@ -165,7 +173,7 @@ class TempBalance(LRScheduler):
         return {
             "base": None if self.base is None else self.base.state_dict(),
             "balancer": self.balancer.state_dict(),
-            "base_rates": dict(self._base_rates),
+            self._base_key: dict(self._base_rates),
             "last_epoch": self.last_epoch,
             "step_count": self._step_count,
         }
@@ -175,7 +183,7 @@ class TempBalance(LRScheduler):
 
         Before or after ``optimizer.load_state_dict``: both give the same rates.
         """
-        if missing := {"base", "balancer", "base_rates"} - set(state_dict):
+        if missing := {"base", "balancer", self._base_key} - set(state_dict):
             raise ValueError(
                 f"this is not a state of TempBalance: it has no {min(missing)!r}; pass what "
                 "TempBalance.state_dict() returned"
@@ -189,45 +197,60 @@ class TempBalance(LRScheduler):
         if self.base is not None:
             self.base.load_state_dict(state_dict["base"])
         self.balancer.load_state_dict(state_dict["balancer"])
-        self._base_rates = dict(state_dict["base_rates"])
+        self._base_rates = dict(state_dict[self._base_key])
         self.last_epoch = state_dict["last_epoch"]
         self._step_count = state_dict["step_count"]
         self._write()
 
+    @property
+    def _base_key(self) -> str:
+        return f"base_{self._what}"
+
     def _measure(self) -> None:
         of = self.balancer.options.of
         seen = {
-            group["name"]: seen_tensor(self.optimizer, group["params"][0], of)
+            group["name"]: lora.seen(of)
+            if (lora := lora_of_group(group))
+            else seen_tensor(self.optimizer, group["params"][0], of)
             for group in self.optimizer.param_groups
             if "kind" in group and group["params"]
         }
         self.balancer.update({name: tensor for name, tensor in seen.items() if tensor is not None})
 
     def _read(self) -> dict[str, float]:
-        return {key: float(group["lr"]) for key, group in _keyed(self.optimizer)}
+        what = self._what
+        return {key: float(group[what]) for key, group in _keyed(self.optimizer) if what in group}
+
+    def _put_base_rates(self) -> None:
+        for key, group in _keyed(self.optimizer):
+            if key in self._base_rates:
+                _set(group, self._what, self._base_rates[key])
 
     def _write(self) -> None:
-        factors = self.balancer.factors
+        what, factors = self._what, self.balancer.factors
         for key, group in _keyed(self.optimizer):
-            factor = factors.get(group.get("layer", key), 1.0)
-            _set_rate(group, self._base_rates.setdefault(key, float(group["lr"])) * factor)
+            if what in group:
+                rate = self._base_rates.setdefault(key, float(group[what]))
+                _set(group, what, rate * factors.get(group.get("layer", key), 1.0))
         self._written = self._read()
-        self._last_lr: list[float | Tensor] = list(self._written.values())
+        self._last_lr: list[float | Tensor] = [float(g["lr"]) for g in self.optimizer.param_groups]
 
-    def _count_steps(self) -> None:
-        self._handles = [
-            self.optimizer.register_step_pre_hook(self._before_step),
-            self.optimizer.register_step_post_hook(self._after_step),
-        ]
+    def _install(self) -> None:
+        self._groups = Regrouping(self.optimizer, self._what)
+        self._hooks = StepHooks(self.optimizer, self._before_step, self._after_step)
+        claim(self.optimizer)
 
-    # A step function that calls its parent's fires both hooks twice: only a pair counts.
-    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        self._in_step = True
+    def _before_step(self) -> None:
+        self._groups.enter()
 
-    def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if self._in_step and not was_skipped(optimizer):
+    def _after_step(self, taken: bool) -> None:
+        self._groups.leave()
+        if taken:
             self.balancer.advance()
-        self._in_step = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        # For copy and pickle: those of an optimizer leave its hooks behind.
+        return {**self.__dict__, "_hooks": None, "_groups": None}
 
     @property
     def alphas(self) -> dict[str, float]:
@@ -270,7 +293,7 @@ class TempBalance(LRScheduler):
 def _check_base(optimizer: Optimizer, base: LRScheduler | None) -> None:
     if base is not None and not isinstance(base, LRScheduler):
         raise TypeError(f"base must be a torch scheduler or None, got {type(base).__name__}")
-    if base is not None and getattr(base, "optimizer", optimizer) is not optimizer:
+    if base is not None and unwrapped(getattr(base, "optimizer", optimizer)) is not optimizer:
         raise ValueError("base must be built on the same optimizer as TempBalance")
     if base is None and hasattr(optimizer.step, "_wrapped_by_lr_sched"):
         warnings.warn(
@@ -286,7 +309,7 @@ def _tuned_groups(optimizer: Optimizer) -> dict[str, Layer]:
         group["name"]: Layer(
             name=group["name"],
             kind=group["kind"],
-            shape=tuple(group["params"][0].shape),
+            shape=tuple((lora_of_group(group) or group["params"][0]).shape),
             role=group.get("role"),
         )
         for group in optimizer.param_groups
@@ -302,7 +325,7 @@ def _tuned_groups(optimizer: Optimizer) -> dict[str, Layer]:
 
 def _keyed(optimizer: Optimizer) -> list[tuple[str, dict[str, Any]]]:
     groups = optimizer.param_groups
-    return [(group.get("name", f"#{index}"), group) for index, group in enumerate(groups)]
+    return [(group.get("name") or f"#{index}", group) for index, group in enumerate(groups)]
 
 
 def _unshare_rates(optimizer: Optimizer) -> None:
@@ -314,8 +337,8 @@ def _unshare_rates(optimizer: Optimizer) -> None:
         seen.add(id(group["lr"]))
 
 
-def _set_rate(group: dict[str, Any], rate: float) -> None:
-    if isinstance(group["lr"], Tensor):
-        group["lr"].fill_(rate)  # in place: a compiled step keeps its graph
+def _set(group: dict[str, Any], what: str, rate: float) -> None:
+    if isinstance(group[what], Tensor):
+        group[what].fill_(rate)  # in place: a compiled step keeps its graph
     else:
-        group["lr"] = rate
+        group[what] = rate

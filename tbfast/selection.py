@@ -1,16 +1,19 @@
 """Which layers of a model are tuned, and which parameters share the rate of each.
 
-The published rules (Zhou et al. 2023; Liu et al. 2024) as data: see ``presets.Selection``.
+The published rules (Zhou et al. 2023; Liu et al. 2024) as data: see ``presets.Selection``. Of a
+PEFT model the same layers count as of the model it wraps, the first and the last for instance; then
+those that are frozen fall out.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 from torch import Tensor, nn
 
-from tbfast.matrices import Layer, Pattern, block_of, find_layers
+from tbfast.lora_layers import LoraWeight, find_lora, plain_name
+from tbfast.matrices import Layer, Pattern, block_of, find_layers, guess_role, name_filter
 from tbfast.presets import Selection
 
 
@@ -20,11 +23,14 @@ class TunedLayer:
 
     Attributes:
         layer: The layer.
-        members: Names of the parameters that share its rate: weight, bias, tied norms.
+        members: Names of the parameters that share its rate: weight, bias, tied norms. In place of
+            a LoRA layer's weight, which is frozen, stand those of its adapters.
+        lora: The weight of a LoRA layer, else None.
     """
 
     layer: Layer
     members: tuple[str, ...]
+    lora: LoraWeight | None = None
 
 
 def tuned_layers(
@@ -36,6 +42,8 @@ def tuned_layers(
 ) -> list[TunedLayer]:
     """The tuned layers of a model in ``named_modules()`` order; every parameter in one at most.
 
+    A frozen layer is tuned too (it may thaw), but not in a model with LoRA adapters.
+
     Args:
         model: Any module.
         selection: The rules.
@@ -43,19 +51,26 @@ def tuned_layers(
             it is neither the first nor the last layer.
 
     Raises:
-        ValueError: If no layer is left.
+        ValueError: If no layer is left, or a LoRA layer's weight cannot be known.
     """
+    found = find_layers(model, include=include, exclude=exclude)
+    lora, apart = find_lora(model, name_filter(include, exclude))
     analysed = [
-        layer
-        for layer in find_layers(model, include=include, exclude=exclude)
-        if selection.embeddings or layer.role != "embedding"
+        replace(layer, role=layer.role or guess_role(plain_name(layer.name)))
+        for layer in found
+        if layer.module not in apart
     ]
+    if not selection.embeddings:
+        analysed = [layer for layer in analysed if layer.role != "embedding"]
     large = [layer for layer in analysed if layer.n_eigs >= selection.min_eigs]
     kept = large if selection.skip_small_first else analysed
     kept = kept[int(selection.skip_first) :]
     if selection.skip_last and not (_ends_in_tied_head(model) and not selection.embeddings):
         kept = kept[:-1]
     tuned = [layer for layer in kept if layer.n_eigs >= selection.min_eigs]
+    if apart:
+        thawed = {name for name, p in model.named_parameters() if p.requires_grad}
+        tuned = [layer for layer in tuned if layer.name in lora or layer.name in thawed]
     if not analysed:
         asked = f" with include={include!r}, exclude={exclude!r}" if include or exclude else ""
         some = [name for name, p in model.named_parameters() if p.ndim >= 2][:3]
@@ -67,12 +82,14 @@ def tuned_layers(
         raise ValueError(
             f"no layer of the model is left to tune: {len(analysed)} analysed, {len(large)} of "
             f"them with min_eigs={selection.min_eigs} eigenvalues or more, "
-            f"skip_first={selection.skip_first}, skip_last={selection.skip_last}; "
+            f"skip_first={selection.skip_first}, skip_last={selection.skip_last}"
+            f"{', the others frozen' if apart else ''}; "
             "lower min_eigs or pass skip_first=False, skip_last=False"
         )
     names = {layer.name for layer in tuned}
-    members = {layer.name: [layer.name] for layer in tuned}
-    owned = set(names)
+    weights = {name: lora[name].members if name in lora else (name,) for name in names}
+    members = {name: list(own) for name, own in weights.items()}
+    owned = {member for own in weights.values() for member in own}
     present = {name for name, _ in model.named_parameters()}
     for layer in tuned:
         if layer.bias in present and layer.bias not in owned:
@@ -82,7 +99,7 @@ def tuned_layers(
         if layer_name in names and norm not in owned:
             members[layer_name].append(norm)
             owned.add(norm)
-    return [TunedLayer(layer, tuple(members[layer.name])) for layer in tuned]
+    return [TunedLayer(layer, tuple(members[layer.name]), lora.get(layer.name)) for layer in tuned]
 
 
 def _ends_in_tied_head(model: nn.Module) -> bool:

@@ -116,28 +116,18 @@ def measure(
         ValueError: On an unknown method, or a sketch with ``filter_zeros``.
         TypeError: On a tensor that cannot be sketched; see :class:`tbfast.batch.Batch`.
     """
-    check_method(method)
-    if method == "sketch" and filter_zeros is not None:
-        raise ValueError(
-            "method='sketch' cannot drop eigenvalues below an absolute threshold, got "
-            f"filter_zeros={filter_zeros!r}; leave it out, or use method='exact'"
-        )
     names = [str(row) for row in range(len(weights))] if names is None else names
     layers = list(zip(names, weights, kinds, strict=True))
     sketch = sketch or SketchOptions()
-    # Only the median fit rests on the bulk of the spectrum, which quadrature sees well.
-    suits = options.kind == "median" and filter_zeros is None
-    least = sketch.steps if method == "sketch" else SKETCH_ABOVE if suits else math.inf
-    sketched = [
-        method != "exact" and min(as_matrices(w, kind).shape[1:]) > least for _, w, kind in layers
-    ]
+    least = sketched_above(method, options, filter_zeros, sketch)
+    sketched = [min(as_matrices(w, kind).shape[1:]) > least for _, w, kind in layers]
     exact = _exact(
         [x for x, s in zip(layers, sketched, strict=True) if not s], options, filter_zeros, backend
     )
     rough = _sketch(
         [x for x, s in zip(layers, sketched, strict=True) if s],
         options,
-        sketch or SketchOptions(),
+        sketch,
         backend,
     )
     found = {False: iter(exact), True: iter(rough)}
@@ -189,19 +179,28 @@ def _sketch(
     batch = Batch(weights, [kind for _, _, kind in layers])
     engine = get_backend(backend)
     runs = engine.lanczos(batch, sketch.probes, sketch.steps, seed=sketch.seed, draw=sketch.draw)
-    return sketched_measurements(batch, engine.quadrature_fit(runs, options))
+    counts = [_count(stack) for stack in batch.stacks()]
+    return sketched_measurements(batch.kinds, counts, engine.quadrature_fit(runs, options))
 
 
-def sketched_measurements(batch: Batch, table: SketchTable) -> list[Measurement]:
-    """One measurement for each layer of a batch, in the unit of its kind."""
+def sketched_measurements(
+    kinds: Sequence[Kind], counts: Sequence[int], table: SketchTable
+) -> list[Measurement]:
+    """One measurement for each row of a table, in the unit of the layer's kind.
+
+    Args:
+        kinds: Of the layers.
+        counts: Numbers of eigenvalues of the layers.
+        table: Fits of their sketches.
+    """
     fits = described(table.fits, table.n_zeros)
     found = []
-    for row, (kind, stack) in enumerate(zip(batch.kinds, batch.stacks(), strict=True)):
+    for row, (kind, count) in enumerate(zip(kinds, counts, strict=True)):
         scale, fit = eigenvalue_scale(kind), fits.row(row)
         found.append(
             Measurement(
                 fit=replace(fit, xmin=fit.xmin * scale),
-                n_eigs=_count(stack),
+                n_eigs=count,
                 max_eigenvalue=float(table.max_eigenvalue[row]) * scale,
                 sum_eigenvalues=float(table.sum_eigenvalues[row]) * scale,
                 method="sketch",
@@ -209,6 +208,27 @@ def sketched_measurements(batch: Batch, table: SketchTable) -> list[Measurement]
             )
         )
     return found
+
+
+def sketched_above(
+    method: Method, options: FitOptions, filter_zeros: float | None, sketch: SketchOptions
+) -> float:
+    """Shorter side above which :func:`measure` sketches matrices; infinite if it never does.
+
+    Raises:
+        ValueError: On an unknown method, or a sketch with ``filter_zeros``.
+    """
+    check_method(method)
+    if method == "sketch" and filter_zeros is not None:
+        raise ValueError(
+            "method='sketch' cannot drop eigenvalues below an absolute threshold, got "
+            f"filter_zeros={filter_zeros!r}; leave it out, or use method='exact'"
+        )
+    if method == "sketch":
+        return sketch.steps
+    # Only the median fit rests on the bulk of the spectrum, which quadrature sees well.
+    suits = options.kind == "median" and filter_zeros is None
+    return SKETCH_ABOVE if method == "auto" and suits else math.inf
 
 
 def check_method(method: str) -> None:

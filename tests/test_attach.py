@@ -80,10 +80,10 @@ def test_every_rate_is_the_base_rate_times_the_factor(name, attach_first):
     other = torch.optim.SGD(twin.parameters(), lr=0.05, momentum=0.9)
     plain = SCHEDULERS[name](other)
     if attach_first:
-        balancer = attach(optimizer, model, min_eigs=4, every=3)
+        balancer = attach(optimizer, model, min_eigs=4, every=3, budget=None)
     scheduler = SCHEDULERS[name](optimizer)
     if not attach_first:
-        balancer = attach(optimizer, model, min_eigs=4, every=3)
+        balancer = attach(optimizer, model, min_eigs=4, every=3, budget=None)
     for step in range(200):
         factors = balancer.factors
         optimizer.zero_grad()

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from tbfast import Balancer, lr_factors
-from tbfast.budget import Budget
 from tbfast.matrices import Layer
 from tbfast.shape import noise_alpha, square_blocks
 
@@ -54,8 +53,9 @@ def test_factors_are_the_map_of_the_published_alphas():
     np.testing.assert_allclose(list(balancer.alphas.values()), alpha, rtol=1e-6)
     expected = np.interp(alpha, [min(alpha), max(alpha)], [0.5, 1.5])
     np.testing.assert_allclose(list(balancer.factors.values()), expected, rtol=1e-5)
-    errors = [(a - 1) / math.sqrt(6) for a in alpha]
-    np.testing.assert_allclose(list(balancer.errors.values()), errors, rtol=1e-5)
+    found = balancer.errors.values()
+    # Straight after an exact measurement only rounding is left.
+    assert all(0 < error < 1e-5 for error in found)
 
 
 def test_model_balancing_uses_block_means_and_leaves_other_layers_alone():
@@ -385,40 +385,6 @@ def test_explicit_options_win_over_the_preset():
     options = Balancer(make_layers(), preset="llr", high=3.0, xmin_pos=4.0).options
     assert (options.low, options.high, options.fit.xmin_pos) == (1.0, 3.0, 4.0)
     assert Balancer(make_layers(), budget=None).options.budget is None
-
-
-def test_cheap_refreshes_are_complete_and_the_first_is_not_counted():
-    budget = Budget([1.0, 1.0], 0.01)
-    assert budget.affordable([0, 1], [-1, -1]) == [0, 1]
-    budget.record([0, 1], 30.0)
-    assert budget.spent == 0
-    budget.begin()
-    budget.record([0, 1], 0.04)
-    assert budget.affordable([0, 1], [0, 0]) == [0, 1]  # 40 ms in all
-
-
-def test_dear_refreshes_take_the_stalest_layers_that_the_share_pays_for(monkeypatch):
-    now = [100.0]
-    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
-    budget = Budget([1.0, 1.0, 2.0], 0.01)
-    budget.record([0, 1, 2], 4.0)  # slow, as first refreshes are
-    budget.record([0, 1, 2], 0.4)  # 0.1, 0.1 and 0.2 s
-    assert budget.affordable([0, 1, 2], [0, 0, 0]) == [0, 1, 2]  # not rationed before the third
-    budget.record([0, 1, 2], 0.5)
-    budget.begin()
-    assert budget.affordable([0, 1, 2], [0, 0, 0]) == []
-    now[0] += 15  # pays for 0.15 s
-    assert budget.affordable([0, 1, 2], [5, 3, 9]) == [1]
-    now[0] += 10  # 0.25 s
-    assert budget.affordable([0, 1, 2], [5, 3, 9]) == [0, 1]
-    budget.record([0, 1], 0.2)
-    now[0] += 0.2
-    assert budget.affordable([0, 1, 2], [6, 6, 0]) == []
-    assert budget.overhead() == pytest.approx(0.2 / 25.2)
-    unlimited = Budget([1.0], None)
-    unlimited.record([0], 9.0)
-    unlimited.begin()
-    assert unlimited.affordable([0], [0]) == [0]
 
 
 def test_overhead_is_the_measured_share_of_time():

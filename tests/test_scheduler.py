@@ -132,7 +132,7 @@ def test_every_rate_is_the_base_rate_times_the_factor(name):
     model, twin = make_mlp(), make_mlp()
     optimizer = torch.optim.SGD(make_groups(model), lr=0.05, momentum=0.9)
     other = torch.optim.SGD(make_groups(twin), lr=0.05, momentum=0.9)
-    scheduler = TempBalance(optimizer, SCHEDULERS[name](optimizer), every=3)
+    scheduler = TempBalance(optimizer, SCHEDULERS[name](optimizer), every=3, budget=None)
     plain = SCHEDULERS[name](other)
     for step in range(200):
         factors = scheduler.factors

@@ -41,7 +41,7 @@ from tbfast.precision import (
 _EPS32 = torch.finfo(torch.float32).eps
 _EPS64 = torch.finfo(torch.float64).eps
 _PANEL = 1 << 21  # elements converted at a time: 16 MiB of float64
-_BATCH = 1 << 17  # elements of a batch of small matrices
+_BATCH = 1 << 14  # elements of a batch of small matrices: few enough that every thread gets one
 _BLOCKS = 6  # column blocks of a Gram product: 21 of 36 block products instead of all
 _SMALL = 256  # columns below which matrices are batched, and blocks and float32 gain nothing
 # Columns from which MKL's solver is faster than ours, whose matrix then leaves the cache.
