@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from tbfast.alpha import AlphaFit, fit_alpha
     from tbfast.analyzer import analyze
     from tbfast.balancer import Balancer
+    from tbfast.compare_report import Comparison
+    from tbfast.compare_run import compare
     from tbfast.groups import param_groups
     from tbfast.instep import attach
     from tbfast.lowrank import SVD, rsvd
@@ -25,12 +27,14 @@ __version__ = "0.1.0"
 __all__ = [  # noqa: RUF022 - in the order of sorted()
     "AlphaFit",
     "Balancer",
+    "Comparison",
     "LayerSpectrum",
     "Report",
     "SVD",
     "TempBalance",
     "analyze",
     "attach",
+    "compare",
     "eigenvalues",
     "fit_alpha",
     "lr_factors",
@@ -41,12 +45,14 @@ __all__ = [  # noqa: RUF022 - in the order of sorted()
 _HOME = {
     "AlphaFit": "tbfast.alpha",
     "Balancer": "tbfast.balancer",
+    "Comparison": "tbfast.compare_report",
     "LayerSpectrum": "tbfast.report",
     "Report": "tbfast.report",
     "SVD": "tbfast.lowrank",
     "TempBalance": "tbfast.scheduler",
     "analyze": "tbfast.analyzer",
     "attach": "tbfast.instep",
+    "compare": "tbfast.compare_run",
     "eigenvalues": "tbfast.spectra",
     "fit_alpha": "tbfast.alpha",
     "lr_factors": "tbfast.rates",

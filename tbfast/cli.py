@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from tbfast import __version__
 from tbfast.backends import BACKENDS
+from tbfast.compare_cli import add_parser as add_compare
 
 if TYPE_CHECKING:
     from tbfast.report import Report
@@ -103,6 +104,8 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--quick", action="store_true", help="a part of it, in 20 seconds, not 120")
     bench.add_argument("--csv", metavar="FILE", help="write the figures as CSV")
     bench.set_defaults(run=_bench)
+
+    add_compare(commands, common)
 
     doctor = commands.add_parser(
         "doctor",
