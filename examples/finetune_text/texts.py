@@ -1,14 +1,31 @@
-"""Labelled texts from a CSV or JSONL file, split into a few to train and the rest."""
+"""Labelled texts, from a file or Python's docstrings, split into a few to train and the rest."""
 
 from __future__ import annotations
 
+import ast
 import csv
 import io
 import json
 import random
+import sysconfig
 from pathlib import Path
 
 Example = tuple[str, int]  # a text and the index of its class
+
+# Of about equal difficulty, with a hundred docstrings or more in every version of Python.
+PACKAGES = ("asyncio", "email", "http", "importlib", "logging", "unittest")
+
+
+def read_docstrings() -> list[tuple[str, str]]:
+    """(first paragraph of a docstring, its package) in this interpreter's standard library."""
+    rows = set()
+    for package in PACKAGES:
+        for path in Path(sysconfig.get_path("stdlib"), package).glob("*.py"):
+            for node in ast.walk(ast.parse(path.read_bytes())):
+                if isinstance(node, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+                    paragraph = (ast.get_docstring(node) or "").split("\n\n")[0]
+                    rows.add((" ".join(paragraph.split()), package))
+    return sorted(row for row in rows if len(row[0]) >= 30)
 
 
 def read_texts(path: Path, text: str, label: str) -> list[tuple[str, str]]:
@@ -41,9 +58,10 @@ def read_texts(path: Path, text: str, label: str) -> list[tuple[str, str]]:
 
 
 def split_texts(
-    rows: list[tuple[str, str]], shots: int, seed: int
+    rows: list[tuple[str, str]], shots: int, seed: int, tests: int = 30
 ) -> tuple[list[str], list[Example], list[Example], list[Example]]:
-    """Class names, then training, validation and test examples."""
+    """Class names, then training, validation and test examples: of each class ``shots``, as many,
+    and at most ``tests`` of the rest."""
     labels = sorted({label for _, label in rows})
     if len(labels) < 2:
         raise ValueError(f"the texts have one label only, {labels[0]!r}; need at least two")
@@ -57,7 +75,7 @@ def split_texts(
                 f"more than {2 * shots}: {shots} to train, {shots} to validate, the rest to test"
             )
         shuffled.shuffle(texts)
-        cuts = (texts[:shots], texts[shots : 2 * shots], texts[2 * shots :])
+        cuts = (texts[:shots], texts[shots : 2 * shots], texts[2 * shots : 2 * shots + tests])
         for part, cut in zip(parts, cuts, strict=True):
             part += [(text, index) for text in cut]
     return labels, *parts
