@@ -86,5 +86,7 @@ def draw(path, out):
 
 
 if __name__ == "__main__":
-    written = sorted((ROOT / "benchmarks/results").glob("*.csv"), key=lambda p: p.stat().st_mtime)
+    written = sorted(
+        (ROOT / "benchmarks/results").glob("*cores.csv"), key=lambda p: p.stat().st_mtime
+    )
     draw(sys.argv[1] if len(sys.argv) > 1 else written[-1], ROOT / "docs/spectra-speed.png")

@@ -36,7 +36,7 @@ _MOST_SAVED = 50  # complete refreshes of which the credit may hold the price
 _CALL = 8e-4  # of any measurement
 _LOOK = (5e-5, 1.2e-5)  # of looking at how far layers have moved: once, and for each layer
 _CUBE, _SQUARE, _GRAM = 4e-11, 1.8e-8, 2.5e-11  # exact: n³, n² and n² (m - n)
-_MATRIX, _COMPLEX_MATRIX = 2e-5, 8e-5
+_MATRIX, _COMPLEX_MATRIX = 2e-5, 4e-5
 _PASS = 1e-10  # sketch: one probe times one element
 
 

@@ -130,7 +130,7 @@ class TempBalance(LRScheduler):
         self._what = self.balancer.options.of_what
         check_scaled(optimizer, self._what)
         _unshare_rates(optimizer)
-        self.base_lrs = [float(group["lr"]) for group in optimizer.param_groups]
+        self.base_lrs = [_copy(group["lr"]) for group in optimizer.param_groups]
         self._base_rates = self._read()
         self._hooks: StepHooks | None = None
         self._measure()
@@ -148,11 +148,10 @@ class TempBalance(LRScheduler):
             self._install()
         if self.balancer.due:
             self._measure()
-        if self.base is None or self._what != "lr":  # what the schedule does not set, the user does
-            now = self._read()
-            if now != self._written:
-                before = self._written.items()
-                self._base_rates.update(now.items() - before)
+        if self.base is None or self._what != "lr":  # what no schedule sets, the user does
+            written = self._written
+            foreign = {k: v for k, v in self._read().items() if k not in written or v != written[k]}
+            self._base_rates.update(foreign)
         if self.base is not None:
             self._put_base_rates()
             self.base.step(*args, **kwargs)
@@ -173,7 +172,7 @@ class TempBalance(LRScheduler):
         return {
             "base": None if self.base is None else self.base.state_dict(),
             "balancer": self.balancer.state_dict(),
-            self._base_key: dict(self._base_rates),
+            self._base_key: {key: float(rate) for key, rate in self._base_rates.items()},
             "last_epoch": self.last_epoch,
             "step_count": self._step_count,
         }
@@ -217,9 +216,9 @@ class TempBalance(LRScheduler):
         }
         self.balancer.update({name: tensor for name, tensor in seen.items() if tensor is not None})
 
-    def _read(self) -> dict[str, float]:
+    def _read(self) -> dict[str, float | Tensor]:
         what = self._what
-        return {key: float(group[what]) for key, group in _keyed(self.optimizer) if what in group}
+        return {key: _copy(group[what]) for key, group in _keyed(self.optimizer) if what in group}
 
     def _put_base_rates(self) -> None:
         for key, group in _keyed(self.optimizer):
@@ -230,10 +229,11 @@ class TempBalance(LRScheduler):
         what, factors = self._what, self.balancer.factors
         for key, group in _keyed(self.optimizer):
             if what in group:
-                rate = self._base_rates.setdefault(key, float(group[what]))
-                _set(group, what, rate * factors.get(group.get("layer", key), 1.0))
+                if key not in self._base_rates:
+                    self._base_rates[key] = _copy(group[what])
+                _set(group, what, self._base_rates[key], factors.get(group.get("layer", key), 1.0))
         self._written = self._read()
-        self._last_lr: list[float | Tensor] = [float(g["lr"]) for g in self.optimizer.param_groups]
+        self._last_lr: list[float | Tensor] = [_copy(g["lr"]) for g in self.optimizer.param_groups]
 
     def _install(self) -> None:
         self._groups = Regrouping(self.optimizer, self._what)
@@ -337,8 +337,13 @@ def _unshare_rates(optimizer: Optimizer) -> None:
         seen.add(id(group["lr"]))
 
 
-def _set(group: dict[str, Any], what: str, rate: float) -> None:
+def _copy(rate: float | Tensor) -> float | Tensor:
+    return rate.clone() if isinstance(rate, Tensor) else float(rate)
+
+
+def _set(group: dict[str, Any], what: str, rate: float | Tensor, factor: float = 1.0) -> None:
     if isinstance(group[what], Tensor):
-        group[what].fill_(rate)  # in place: a compiled step keeps its graph
+        # In place: a compiled step keeps its graph. On the device: nothing waits for it.
+        group[what].fill_(rate).mul_(factor)
     else:
-        group[what] = rate
+        group[what] = float(rate) * factor
