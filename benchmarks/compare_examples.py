@@ -27,10 +27,10 @@ ONE_THREAD = {"OMP_NUM_THREADS": "1", "TBFAST_NUM_THREADS": "1"}
 
 # Ten seeds where a run takes less than ten seconds, else four.
 RECORDED = {
-    "darcy": "darcy/run.py --size 16 --seeds 10 --rates 8e-3 1.6e-2 3.2e-2",
-    "darcy_64": "darcy/run.py --size 64 --seeds 10 --rates 8e-3 1.6e-2 3.2e-2",
+    "darcy": "darcy/run.py --size 16 --seeds 10 --rates 8e-3 1.6e-2 3.2e-2 6.4e-2",
+    "darcy_64": "darcy/run.py --size 64 --seeds 10 --rates 8e-3 1.6e-2 3.2e-2 6.4e-2",
     "finetune_text": "finetune_text/run.py --seeds 10 --rates 1e-4 2e-4 4e-4",
-    "pretrain": "pretrain/run.py --seeds 4 --rates 5e-4 1e-3 2e-3 4e-3",
+    "pretrain": "pretrain/run.py --seeds 4 --rates 5e-4 1e-3 2e-3 4e-3 8e-3",
 }
 
 

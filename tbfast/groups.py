@@ -12,6 +12,7 @@ from tbfast.lora_layers import remember
 from tbfast.matrices import Pattern, name_filter
 from tbfast.presets import TieNorms, select_options
 from tbfast.selection import tuned_layers
+from tbfast.watch import settle
 
 
 def param_groups(
@@ -62,6 +63,7 @@ def param_groups(
         "min_eigs": min_eigs,
     }
     tuned = tuned_layers(model, select_options(preset, given), include=include, exclude=exclude)
+    settle(model)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     tuned = [entry for entry in tuned if entry.members[0] in parameters]
     free = name_filter(no_decay, None)

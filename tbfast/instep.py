@@ -15,6 +15,7 @@ from tbfast.optim import StepHooks, check_free, check_scaled, claim, release, se
 from tbfast.presets import TieNorms, select_options
 from tbfast.regroup import Regrouping
 from tbfast.selection import TunedLayer, tuned_layers
+from tbfast.watch import Watch, settle
 
 
 def attach(
@@ -83,6 +84,8 @@ class _Attached(Balancer):
         self._optimizer = optimizer
         self._model = model
         self._layer_of = {member: entry.layer.name for entry in tuned for member in entry.members}
+        self._led: dict[str | None, str]
+        self._led = {entry.members[0]: entry.layer.name for entry in tuned}
         self._names: dict[int, tuple[weakref.ref[Tensor], str | None]] = {}
         held = {self._name(p) for group in optimizer.param_groups for p in group["params"]}
         tuned_here = [entry for entry in tuned if entry.members[0] in held]
@@ -95,6 +98,8 @@ class _Attached(Balancer):
             )
         super().__init__(layers, preset=preset, **options)
         check_scaled(optimizer, self.options.of_what)
+        settle(model)
+        self._watch = Watch(layer.name for layer in layers)
         self.update(self._seen())
         self._groups = Regrouping(optimizer, self.options.of_what, self._owner)
         self._hooks = StepHooks(optimizer, self._before_step, self._after_step)
@@ -105,8 +110,8 @@ class _Attached(Balancer):
         self._hooks.remove()
         release(self._optimizer)
 
-    def _before_step(self) -> None:
-        self._groups.enter(self.factors)
+    def _before_step(self, compiled: bool) -> None:
+        self._groups.enter(self.factors, steady=compiled)
 
     def _after_step(self, taken: bool) -> None:
         self._groups.leave()
@@ -119,17 +124,21 @@ class _Attached(Balancer):
         return self._layer_of.get(self._name(parameter) or "")
 
     def _seen(self) -> dict[str, Weight]:
-        found: dict[str | None, Weight | None] = {
-            self._name(parameter): seen_tensor(self._optimizer, parameter, self.options.of)
+        own = {
+            name: parameter
             for group in self._optimizer.param_groups
             for parameter in group["params"]
+            if (name := self._name(parameter)) in self._led
         }
-        found.update((name, lora.seen(self.options.of)) for name, lora in self._lora.items())
-        return {
-            layer.name: tensor
-            for layer in self.layers
-            if (tensor := found.get(layer.name)) is not None
-        }
+        self._watch.look({self._led[name]: [parameter] for name, parameter in own.items()})
+        of = self.options.of
+        found: dict[str, Weight | None] = {}
+        for layer in self.layers:
+            if lora := self._lora.get(layer.name):
+                found[layer.name] = lora.seen(of)
+            elif layer.name in own:
+                found[layer.name] = seen_tensor(self._optimizer, own[layer.name], of)
+        return {name: tensor for name, tensor in found.items() if tensor is not None}
 
     def _name(self, parameter: Tensor) -> str | None:
         """Name of a parameter in the model, which may have replaced its parameters since."""

@@ -8,6 +8,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -63,21 +64,24 @@ def release(optimizer: Optimizer) -> None:
 
 
 class StepHooks:
-    """Calls ``before()`` ahead of each step of an optimizer and ``after(taken)`` when it is over.
+    """Calls ``before(compiled)`` ahead of each step of an optimizer, ``after(taken)`` at its end.
 
-    ``taken`` is False if the step raised, or if GradScaler made a fused optimizer skip it. A step
-    function that calls its parent's fires torch's hooks twice; that is one step here.
+    ``compiled`` tells a step that ``torch.compile`` traces. ``taken`` is False if the step raised,
+    or if GradScaler made a fused optimizer skip it. A step function that calls its parent's fires
+    torch's hooks twice; that is one step here.
     """
 
     def __init__(
         self,
         optimizer: Optimizer,
-        before: Callable[[], None],
+        before: Callable[[bool], None],
         after: Callable[[bool], None],
     ) -> None:
         self._optimizer = optimizer
-        self._before = before
-        self._after = after
+        # What they do is no part of a compiled step.
+        untraced: Callable[[Any], Any] = torch.compiler.disable
+        self._before = untraced(before)
+        self._after = untraced(after)
         self._depth = 0  # step functions between their hooks
         self._guards = False
         self._handles = [
@@ -126,7 +130,7 @@ class StepHooks:
             return
         self._close(taken=False)  # a step that raised where something bypasses the guard
         self._depth = 1
-        self._before()
+        self._before(torch.compiler.is_compiling())
 
     def _leave(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if self._depth > 1:

@@ -69,6 +69,7 @@ class Regrouping:
         self._scaled = scaled
         self._owner = owner
         self._own: list[Group] | None = None  # the optimizer's, while others are in their place
+        self._steady = False
         # The groups of the step, and what they were made for.
         self._inside: list[Group] = []
         self._parts: list[_Part] = []
@@ -77,16 +78,22 @@ class Regrouping:
         self._factors: Mapping[str, float] = _NO_FACTORS
         self._known: list[Group] | None = None
 
-    def enter(self, factors: Mapping[str, float] = _NO_FACTORS) -> None:
+    def enter(self, factors: Mapping[str, float] = _NO_FACTORS, *, steady: bool = False) -> None:
         """Put in the groups of a step.
 
         Args:
             factors: By owner; 1 for those not in it. The same object means the same factors.
+            steady: Split by owner and join nothing, so that the groups stay what they are as
+                factors change: a compiled step is compiled again where they do not.
         """
         own: list[Group] = self._optimizer.param_groups
         members = [item for group in own for item in (group, *group["params"])]
-        if factors is not self._factors or not _are_same(members, self._members):
-            self._factors, self._members = factors, members
+        if (
+            factors is not self._factors
+            or steady != self._steady
+            or not _are_same(members, self._members)
+        ):
+            self._factors, self._steady, self._members = factors, steady, members
             self._cells = [cell for group in own for cell in self._split(group)]
             self._known = None
         if not self._fits(own):
@@ -121,20 +128,24 @@ class Regrouping:
             return False
         for part in self._parts:
             rate, *others = {group[self._scaled] for group in part.groups}
-            if others:
+            if others or (rate and not part.scale):
                 return False
             part.inside[self._scaled] = part.before[self._scaled] = rate * part.scale
         return True
 
     def _split(self, group: Group) -> list[_Cell]:
         params: list[Tensor] = group["params"]
-        rows: dict[float, list[int]] = {}
+        rows: dict[object, list[int]] = {}
+        factors: dict[object, float] = {}
         for row, parameter in enumerate(params):
-            factor = self._factors.get(self._owner(parameter) or "", 1.0)
-            rows.setdefault(factor, []).append(row)
+            owner = self._owner(parameter)
+            factor = self._factors.get(owner or "", 1.0)
+            key = owner if self._steady else factor
+            rows.setdefault(key, []).append(row)
+            factors[key] = factor
         return [
-            _Cell(group, factor, where, frozenset(_kind(params[row]) for row in where))
-            for factor, where in rows.items()
+            _Cell(group, factors[key], where, frozenset(_kind(params[row]) for row in where))
+            for key, where in rows.items()
         ]
 
     def _join(self, own: list[Group]) -> None:
@@ -147,26 +158,29 @@ class Regrouping:
                 hash(values)
             except TypeError:
                 values, hashable = _hashable(values), False
-            buckets.setdefault((cell.kinds, cell.factor, get, values), []).append(cell)
+            # Nothing times any factor: biases without decay are one group.
+            scale = 0.0 if _is_zero(cell.group.get(self._scaled)) else cell.factor
+            key = (len(buckets) if self._steady else cell.kinds, scale, get, values)
+            buckets.setdefault(key, []).append(cell)
         self._inside, self._parts = [], []
-        for (_, factor, *_), cells in buckets.items():
+        for (_, scale, *_), cells in buckets.items():
             group = cells[0].group
-            if factor != 1.0 or not _is_whole(cells):
-                group = self._joined(cells)
+            if scale != 1.0 or not _is_whole(cells):
+                group = self._joined(cells, scale)
                 groups = [cell.group for cell in cells]
-                self._parts.append(_Part(group, dict(group), groups, factor))
+                self._parts.append(_Part(group, dict(group), groups, scale))
             self._inside.append(group)
         # What is changed in place, such as a tensor, changes in a copy of the groups as well.
         fixed = hashable and not any(isinstance(v, Tensor) for *_, vs in buckets for v in vs)
         self._known = [dict(group) for group in own] if fixed else None
 
-    def _joined(self, cells: list[_Cell]) -> Group:
+    def _joined(self, cells: list[_Cell], scale: float) -> Group:
         group = dict(cells[0].group)
         for key in ("params", "param_names"):
             if key in group:
                 group[key] = [cell.group[key][row] for cell in cells for row in cell.rows]
-        if cells[0].factor != 1.0 and self._scaled in group:
-            group[self._scaled] = group[self._scaled] * cells[0].factor  # a tensor: not in place
+        if scale != 1.0 and self._scaled in group:
+            group[self._scaled] = group[self._scaled] * scale  # a tensor: not in place
         return group
 
 
@@ -179,6 +193,10 @@ def _is_whole(cells: list[_Cell]) -> bool:
     group = cells[0].group
     rows = sum(len(cell.rows) for cell in cells)
     return rows == len(group["params"]) and all(cell.group is group for cell in cells)
+
+
+def _is_zero(rate: object) -> bool:
+    return isinstance(rate, (int, float)) and rate == 0  # a tensor: nothing waits for its device
 
 
 def _kind(parameter: Tensor) -> object:

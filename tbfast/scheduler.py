@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from os import PathLike
 from typing import Any, Literal
 
-from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from tbfast.balancer import Balancer
+from tbfast.base_rates import BaseRates, rates_of, unshare_rates
 from tbfast.fitting import FitKind
 from tbfast.lora_layers import lora_of_group
 from tbfast.matrices import Layer
@@ -20,6 +20,7 @@ from tbfast.presets import GroupBy, Of, OfWhat
 from tbfast.rates import MappingName
 from tbfast.regroup import Regrouping
 from tbfast.spectra import Method
+from tbfast.watch import Watch
 
 
 class TempBalance(LRScheduler):
@@ -129,10 +130,12 @@ class TempBalance(LRScheduler):
         self._step_count = 1  # torch counts the initial step
         self._what = self.balancer.options.of_what
         check_scaled(optimizer, self._what)
-        _unshare_rates(optimizer)
-        self.base_lrs = [_copy(group["lr"]) for group in optimizer.param_groups]
-        self._base_rates = self._read()
+        unshare_rates(optimizer)
+        self.base_lrs = rates_of(optimizer)
+        self._rates = BaseRates(optimizer, self._what)
+        self._rates.take()
         self._hooks: StepHooks | None = None
+        self._watch = Watch(layer.name for layer in self.balancer.layers)
         self._measure()
         self._write()
         self._install()
@@ -149,13 +152,11 @@ class TempBalance(LRScheduler):
         if self.balancer.due:
             self._measure()
         if self.base is None or self._what != "lr":  # what no schedule sets, the user does
-            written = self._written
-            foreign = {k: v for k, v in self._read().items() if k not in written or v != written[k]}
-            self._base_rates.update(foreign)
+            self._rates.take_foreign()
         if self.base is not None:
-            self._put_base_rates()
+            self._rates.put_back()
             self.base.step(*args, **kwargs)
-            self._base_rates = self._read()
+            self._rates.take()
         self.last_epoch += 1
         self._step_count += 1
         self._write()
@@ -164,7 +165,7 @@ class TempBalance(LRScheduler):
         """Give every group its base rate, and the optimizer back to others."""
         if self._hooks is not None:
             self._hooks.remove()
-        self._put_base_rates()
+        self._rates.put_back()
         release(self.optimizer)
 
     def state_dict(self) -> dict[str, Any]:
@@ -172,7 +173,7 @@ class TempBalance(LRScheduler):
         return {
             "base": None if self.base is None else self.base.state_dict(),
             "balancer": self.balancer.state_dict(),
-            self._base_key: {key: float(rate) for key, rate in self._base_rates.items()},
+            self._base_key: self._rates.state_dict(),
             "last_epoch": self.last_epoch,
             "step_count": self._step_count,
         }
@@ -196,7 +197,7 @@ class TempBalance(LRScheduler):
         if self.base is not None:
             self.base.load_state_dict(state_dict["base"])
         self.balancer.load_state_dict(state_dict["balancer"])
-        self._base_rates = dict(state_dict[self._base_key])
+        self._rates.load_state_dict(state_dict[self._base_key])
         self.last_epoch = state_dict["last_epoch"]
         self._step_count = state_dict["step_count"]
         self._write()
@@ -207,41 +208,27 @@ class TempBalance(LRScheduler):
 
     def _measure(self) -> None:
         of = self.balancer.options.of
+        tuned = [g for g in self.optimizer.param_groups if "kind" in g and g["params"]]
+        self._watch.look({group["name"]: group["params"] for group in tuned})
         seen = {
             group["name"]: lora.seen(of)
             if (lora := lora_of_group(group))
             else seen_tensor(self.optimizer, group["params"][0], of)
-            for group in self.optimizer.param_groups
-            if "kind" in group and group["params"]
+            for group in tuned
         }
         self.balancer.update({name: tensor for name, tensor in seen.items() if tensor is not None})
 
-    def _read(self) -> dict[str, float | Tensor]:
-        what = self._what
-        return {key: _copy(group[what]) for key, group in _keyed(self.optimizer) if what in group}
-
-    def _put_base_rates(self) -> None:
-        for key, group in _keyed(self.optimizer):
-            if key in self._base_rates:
-                _set(group, self._what, self._base_rates[key])
-
     def _write(self) -> None:
-        what, factors = self._what, self.balancer.factors
-        for key, group in _keyed(self.optimizer):
-            if what in group:
-                if key not in self._base_rates:
-                    self._base_rates[key] = _copy(group[what])
-                _set(group, what, self._base_rates[key], factors.get(group.get("layer", key), 1.0))
-        self._written = self._read()
-        self._last_lr: list[float | Tensor] = [_copy(g["lr"]) for g in self.optimizer.param_groups]
+        self._rates.write(self.balancer.factors)
+        self._last_lr = rates_of(self.optimizer)
 
     def _install(self) -> None:
         self._groups = Regrouping(self.optimizer, self._what)
         self._hooks = StepHooks(self.optimizer, self._before_step, self._after_step)
         claim(self.optimizer)
 
-    def _before_step(self) -> None:
-        self._groups.enter()
+    def _before_step(self, compiled: bool) -> None:
+        self._groups.enter(steady=compiled)
 
     def _after_step(self, taken: bool) -> None:
         self._groups.leave()
@@ -321,29 +308,3 @@ def _tuned_groups(optimizer: Optimizer) -> dict[str, Layer]:
             "Optimizer(tbfast.param_groups(model)), or use tbfast.attach(optimizer, model)"
         )
     return layers
-
-
-def _keyed(optimizer: Optimizer) -> list[tuple[str, dict[str, Any]]]:
-    groups = optimizer.param_groups
-    return [(group.get("name") or f"#{index}", group) for index, group in enumerate(groups)]
-
-
-def _unshare_rates(optimizer: Optimizer) -> None:
-    """Give each group a tensor of its own where one tensor is the rate of several."""
-    seen: set[int] = set()
-    for group in optimizer.param_groups:
-        if isinstance(group["lr"], Tensor) and id(group["lr"]) in seen:
-            group["lr"] = group["lr"].clone()
-        seen.add(id(group["lr"]))
-
-
-def _copy(rate: float | Tensor) -> float | Tensor:
-    return rate.clone() if isinstance(rate, Tensor) else float(rate)
-
-
-def _set(group: dict[str, Any], what: str, rate: float | Tensor, factor: float = 1.0) -> None:
-    if isinstance(group[what], Tensor):
-        # In place: a compiled step keeps its graph. On the device: nothing waits for it.
-        group[what].fill_(rate).mul_(factor)
-    else:
-        group[what] = float(rate) * factor

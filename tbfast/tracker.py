@@ -15,7 +15,6 @@ from __future__ import annotations
 import math
 import sys
 import time
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -31,6 +30,7 @@ from tbfast.presets import Options
 from tbfast.progress import ticking
 from tbfast.shape import aspect_ratio, is_noise, noise_alpha, sides
 from tbfast.spectra import Measurement, sketched_above
+from tbfast.watch import Notice
 
 _BROKEN_LOOKS = 3  # looks without one finite layer before the run is given up
 _RETRY = 100  # steps before a layer that had no alpha is measured again, where there is a budget
@@ -80,7 +80,7 @@ class Tracker:
         self._lens: Lens | None = None
         self._costs: list[float] = []
         self._broken = 0
-        self._warned: set[str] = set()
+        self._notice = Notice()
         self.is_starting = True
 
     def tick(self) -> None:
@@ -115,17 +115,21 @@ class Tracker:
             lens.show({})  # gradients live no longer for being looked at
 
     def _look(self, lens: Lens, weights: Sequence[int], step: int) -> bool:
-        new = [row for row in weights if self.measured_at[row] < 0]
+        keeps = self.budget.share is not None  # but a state saved without a budget kept no rows
+        new = [
+            row
+            for row in weights
+            if self.measured_at[row] < 0 or (keeps and self._kept[row] is None)
+        ]
         if new:
             self._measure_first(lens, new, step)
         self.is_starting = any(self.measured_at[row] < 0 for row in weights)
         if not self._is_rationed(step):
-            rows = [row for row in weights if row not in new]
-            if rows:
+            if rows := [row for row in weights if row not in new]:
                 began = time.perf_counter()
-                self._measure(lens, rows, step)
+                finite = self._measure(lens, rows, step)
                 self.budget.pay(0.0, time.perf_counter() - began)  # no credit to take it from
-            self._count_broken([row in new or not self.lost[row] for row in weights], step)
+                self._count_broken([*finite, bool(new)], step)
             return True
         old = [row for row in weights if row not in new and self._kept[row] is not None]
         return self._measure_some(lens, old, step) or bool(new)
@@ -139,7 +143,7 @@ class Tracker:
             "budget": self.budget.state_dict(),
             "broken": self._broken,
             "is_starting": self.is_starting,
-            "warned": sorted(self._warned),
+            "warned": sorted(self._notice.told),
         }
 
     def load_state_dict(self, state: Mapping[str, Any], order: Sequence[int]) -> None:
@@ -150,12 +154,12 @@ class Tracker:
         self.budget.load_state_dict(state["budget"])
         self._broken = state["broken"]
         self.is_starting = state["is_starting"]
-        self._warned = set(state["warned"])
+        self._notice.told = set(state["warned"])
 
     def _shown(self, weights: Mapping[int, Weight]) -> Lens:
         if self._lens is None:
             self._lens = make_lens(self._layers, self._options, weights)
-            self.budget.clock.device = next(iter(weights.values())).device
+        self.budget.clock.device = next(iter(weights.values())).device
         self._lens.show(weights)
         if len(self._costs) < len(self._layers):
             shown = enumerate(self._layers)
@@ -223,34 +227,31 @@ class Tracker:
         moved = self.speed[row] * (step - self.measured_at[row])
         return self.variance[row] + (self.pace[row] * moved * (self.estimate[row] - 1)) ** 2
 
-    def _measure(self, lens: Lens, rows: Sequence[int], step: int) -> None:
+    def _measure(self, lens: Lens, rows: Sequence[int], step: int) -> list[bool]:
+        """Measure layers; of each, whether it is finite."""
         found = lens.measure(rows, self._options.method, step)
+        news: dict[str, list[str]] = {}
         for row, measurement in zip(rows, found, strict=True):
-            self._absorb(row, measurement, step)
+            fit = measurement.fit
+            self.lost[row] = not math.isfinite(fit.alpha)
+            if not self.lost[row]:
+                self._absorb(row, measurement, step)
+            # A start that has no alpha (orthogonal, zero) is no news; the rest is.
+            elif fit.reason == Reason.NOT_FINITE.text or math.isfinite(self.alpha[row]):
+                news.setdefault(str(fit.reason), []).append(self._layers[row].name)
+            self.measured_at[row] = step
         if self.budget.share is not None:
-            rows = [row for row in rows if not self.lost[row] or self._kept[row] is None]
-            for row, kept in zip(rows, lens.keep(rows), strict=True):
-                self._kept[row] = kept
+            again = [row for row in rows if not self.lost[row] or self._kept[row] is None]
+            for row, kept in zip(again, lens.keep(again), strict=True):
+                self._kept[row] = kept.nan_to_num(0.0, 0.0, 0.0)  # to be seen when it recovers
+        for reason, names in news.items():
+            self._notice(names, f"has no alpha at step {step}: {reason}; its last factor stays")
+        return [m.fit.reason != Reason.NOT_FINITE.text for m in found]
 
     def _absorb(self, row: int, measurement: Measurement, step: int) -> None:
-        layer, fit = self._layers[row], measurement.fit
-        self.lost[row] = not math.isfinite(fit.alpha)
-        if self.lost[row]:
-            self.measured_at[row] = step
-            # A start that has no alpha (orthogonal, zero) is no news; the rest is.
-            is_news = fit.reason == Reason.NOT_FINITE.text or math.isfinite(self.alpha[row])
-            if is_news and layer.name not in self._warned:
-                self._warned.add(layer.name)
-                warnings.warn(
-                    f"{layer.name} has no alpha at step {step}: {fit.reason}; "
-                    "it keeps its last factor",
-                    RuntimeWarning,
-                    stacklevel=6,
-                )
-            return
-        error = max(measurement.sketch_error, _ROUNDING * fit.alpha)
-        self._filter(row, fit.alpha, error**2, step)
-        self.measured_at[row] = step
+        layer, alpha = self._layers[row], measurement.fit.alpha
+        error = max(measurement.sketch_error, _ROUNDING * alpha)
+        self._filter(row, alpha, error**2, step)
         alpha, xmin_pos = self.estimate[row], self._options.fit.xmin_pos
         if self._options.start == "auto" and not self.left_noise[row]:
             self.left_noise[row] = not is_noise(alpha, layer.shape, layer.kind, xmin_pos)

@@ -70,7 +70,7 @@ class ZeroTempBalance(TempBalance):
         with _whole(self._model, [layer.name for layer in self.balancer.layers]) as weights:
             self.balancer.update(weights)
 
-    def _before_step(self) -> None:
+    def _before_step(self, compiled: bool) -> None:
         """Nothing: the inner optimizer steps one group at a time."""
 
     def _after_step(self, taken: bool) -> None:

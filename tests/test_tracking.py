@@ -18,6 +18,8 @@ from tbfast.presets import resolve
 from tbfast.spectra import measure
 from tbfast.tracker import Tracker
 
+ANY = torch.empty(0)  # for a lens that does not look at it
+
 
 def layers_of(count, side=64):
     return [Layer(f"blocks.{i}.weight", "linear", (side, side)) for i in range(count)]
@@ -104,13 +106,13 @@ def test_the_pace_of_alpha_is_learned_from_how_far_off_measurements_find_it(true
     tracker = Tracker(layers_of(8), resolve("tempbalance", {"budget": 1.0}))
     lens = tracker._lens = Drifting(8, drift=0.01, pace=true_pace)
     tracker._costs = [1e-6] * 8
-    tracker.update(dict.fromkeys(range(8)), 0)
+    tracker.update(dict.fromkeys(range(8), ANY), 0)
     for _ in range(150):
         for _ in range(4):
             tracker.tick()
         lens.move(4)
         tracker.budget.credit = 1.0
-        tracker.update(dict.fromkeys(range(8)), lens.step)
+        tracker.update(dict.fromkeys(range(8), ANY), lens.step)
     # Each layer remembers about 5 measurements; the mean over 8 layers varies by a fifth or so,
     # and a root of a noisy square is low by a little.
     assert np.mean(tracker.pace) == pytest.approx(true_pace, rel=0.4)
@@ -166,7 +168,7 @@ def test_no_more_than_the_share_is_spent_in_nominal_seconds(share, monkeypatch):
     tracker = Tracker(layers, resolve("tempbalance", {"budget": share}))
     lens = tracker._lens = Drifting(12, drift=0.01, pace=0.2)
     tracker._costs = [layer_cost(layer, is_complex=False) for layer in layers]
-    weights = dict.fromkeys(range(12))
+    weights = dict.fromkeys(range(12), ANY)
     first = tracker.budget.pay_first
     monkeypatch.setattr(tracker.budget, "pay_first", lambda n, s: first(n, n))
     tracker.update(weights, 0)
@@ -203,7 +205,7 @@ def test_the_first_steps_do_not_depend_on_the_clock(monkeypatch):
         tracker = Tracker(layers_of(30, 256), resolve("tempbalance", {}))
         lens = tracker._lens = Drifting(30, drift=0.01, pace=0.2)
         tracker._costs = [0.01 * (1 + i % 3) for i in range(30)]
-        weights = dict.fromkeys(range(30))
+        weights = dict.fromkeys(range(30), ANY)
         tracker.update(weights, 0)
         for step in range(1, 32):
             tracker.tick()
@@ -220,7 +222,7 @@ def test_the_dearest_layer_is_not_starved():
     tracker = Tracker(layers_of(3), resolve("tempbalance", {"budget": 0.5}))
     lens = tracker._lens = Drifting(3, drift=0.01, pace=0.2)
     tracker._costs = [0.01, 0.01, 0.2]
-    weights = dict.fromkeys(range(3))
+    weights = dict.fromkeys(range(3), ANY)
     tracker.update(weights, 0)
     for step in range(1, 600):
         tracker.tick()
@@ -239,7 +241,7 @@ def test_a_resumed_run_decides_as_the_one_it_continues(saved_at, monkeypatch):
         for step in numbers:
             tracker.tick()
             lens.move(1)
-            tracker.update(dict.fromkeys(range(6)), step)
+            tracker.update(dict.fromkeys(range(6), ANY), step)
 
     def fresh():
         tracker = Tracker(layers_of(6), resolve("tempbalance", {"budget": 1.0}))
@@ -249,7 +251,7 @@ def test_a_resumed_run_decides_as_the_one_it_continues(saved_at, monkeypatch):
 
     Clock(monkeypatch, 0.1)
     straight, lens = fresh()
-    straight.update(dict.fromkeys(range(6)), 0)
+    straight.update(dict.fromkeys(range(6), ANY), 0)
     steps(straight, lens, range(1, saved_at + 1))
     file = io.BytesIO()
     torch.save(straight.state_dict(), file)
