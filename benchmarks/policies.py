@@ -203,9 +203,9 @@ def replay(name: str, policy: str, budget: float, looks: list[dict]) -> dict:
         tracker.update(weights, look["step"])
         if look["step"] >= (50 if workload.fresh else 1):
             exact = np.array(look["exact"])
-            error = np.array(tracker.alpha) - exact
+            error = np.array(tracker.known.alpha) - exact
             errors.append(error / np.ptp(exact))
-            ratios.append(error / tracker.error(look["step"]))
+            ratios.append(error / tracker.known.error(look["step"]))
     return _row(
         name, policy, budget, sum(paid) / (looks[-1]["step"] * STEP_SECONDS[name]), errors
     ) | {"within_two_errors": round(float(np.mean(np.abs(ratios) < 2)), 3)}

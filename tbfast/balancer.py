@@ -78,7 +78,7 @@ class Balancer:
     @property
     def alphas(self) -> dict[str, float]:
         """Alpha of each layer as the map sees it, corrected and smoothed; NaN before the first."""
-        return self._by_name(self._tracker.alpha)
+        return self._by_name(self._tracker.known.alpha)
 
     @property
     def errors(self) -> dict[str, float]:
@@ -86,7 +86,7 @@ class Balancer:
 
         It grows as the weights move on since they were measured; NaN before the first time.
         """
-        return self._by_name(self._tracker.error(self.steps))
+        return self._by_name(self._tracker.known.error(self.steps))
 
     @property
     def factors(self) -> dict[str, float]:
@@ -165,7 +165,7 @@ class Balancer:
         if self._started:
             self._refreshes += 1
             self._sums = [total + f for total, f in zip(self._sums, self._target, strict=True)]
-        self._history.append((self.steps, list(self._tracker.alpha), self._factors()))
+        self._history.append((self.steps, list(self._tracker.known.alpha), self._factors()))
 
     def freeze(self, by: Literal["type", "block"] | None = "type") -> None:
         """Keep the mean factors found so far as constants and measure no more.
@@ -268,10 +268,10 @@ class Balancer:
         """Aim at the factors of the present alphas, once each layer has been looked at."""
         if not self._started or self._tracker.is_starting:
             return
-        o, tracker = self.options, self._tracker
-        shown = list(tracker.alpha)
+        o, known = self.options, self._tracker.known
+        shown = list(known.alpha)
         if o.start == "auto":
-            shown = [a if x else math.nan for a, x in zip(shown, tracker.left_noise, strict=True)]
+            shown = [a if x else math.nan for a, x in zip(shown, known.left_noise, strict=True)]
         if o.group_by == "layer":
             factors = self._map(shown)
         else:
@@ -284,7 +284,7 @@ class Balancer:
         for row, layer in enumerate(self.layers):
             if self._at_high(layer):
                 factors[row] = o.high
-            elif tracker.lost[row] and math.isfinite(tracker.alpha[row]):
+            elif known.lost[row] and math.isfinite(known.alpha[row]):
                 factors[row] = self._target[row]  # its last alpha still counts for the others
         if factors != self._target:
             self._aim(factors)

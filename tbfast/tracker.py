@@ -1,10 +1,4 @@
-"""The alphas of a set of layers over a run: what is known of each, and what is measured next.
-
-Of each layer an estimate of alpha and its variance are kept. While the weights move the variance
-grows by (pace · drift · (alpha - 1))², drift being the tangent of the angle by which some kept rows
-have turned since the layer was measured. A measurement is taken in as by a one-dimensional Kalman
-filter; how far off it finds the estimate teaches the layer's pace. An exact alpha has hardly a
-variance and replaces the estimate; sketches average.
+"""The alphas of a set of layers over a run: what is measured next, for how much time.
 
 With a budget, whenever it allows, the layers are measured that promise most: by variance times age
 over cost, which makes the mean squared error over time least if variances grow evenly.
@@ -22,59 +16,39 @@ from torch import Tensor
 
 from tbfast.budget import Budget, joint_cost, layer_cost, look_cost
 from tbfast.distributed import make_lens
+from tbfast.estimates import Estimates
 from tbfast.fitting import Reason
 from tbfast.lens import Lens
 from tbfast.lora_layers import Weight
 from tbfast.matrices import Layer
 from tbfast.presets import Options
 from tbfast.progress import ticking
-from tbfast.shape import aspect_ratio, is_noise, noise_alpha, sides
-from tbfast.spectra import Measurement, sketched_above
+from tbfast.shape import sides
+from tbfast.spectra import sketched_above
 from tbfast.watch import Notice
 
 _BROKEN_LOOKS = 3  # looks without one finite layer before the run is given up
 _RETRY = 100  # steps before a layer that had no alpha is measured again, where there is a budget
 _WORTH = 0.002  # error, as share of the spread of all alphas, below which nothing is measured
 
-# Relative change of alpha - 1 for each unit of drift: at the start, and how fast it is learned.
-_PACE = 0.15
-_LEARNING = 0.2
-_MOST_SURPRISE = 9.0  # squared standard errors that one measurement may teach
-_ROUNDING = 1e-6  # relative error of an exact alpha
-_FASTEST = 1.0  # drift for each step: more is nonsense from weights that blow up
-
-_PER_LAYER = ("alpha", "estimate", "variance", "pace", "speed", "measured_at", "lost", "left_noise")
-
 
 class Tracker:
-    """Alpha and standard error of each layer, by row.
+    """Keeps the alphas of layers up to date, by row.
 
     Args:
         layers: The layers.
         options: Resolved options.
 
     Attributes:
-        alpha: Latest alphas as the map sees them, corrected and smoothed as the options say; NaN
-            before the first.
-        measured_at: Steps of the latest measurements, -1 before the first.
-        lost: Whether the latest measurement gave no alpha.
-        left_noise: Whether alpha has been outside the band of noise (``start="auto"`` only).
+        known: What is known of each layer.
         is_starting: Whether some layer that was shown has not been measured at all.
         budget: What may be spent.
     """
 
     def __init__(self, layers: Sequence[Layer], options: Options) -> None:
-        n = len(layers)
-        self.alpha = [math.nan] * n
-        self.estimate = [math.nan] * n
-        self.variance = [math.nan] * n
-        self.pace = [_PACE] * n
-        self.speed = [0.0] * n  # drift for each step
-        self.measured_at = [-1] * n
-        self.lost = [False] * n
-        self.left_noise = [False] * n
+        self.known = Estimates(layers, options)
         self.budget = Budget(options.budget)
-        self._kept: list[Tensor | None] = [None] * n
+        self._kept: list[Tensor | None] = [None] * len(layers)
         self._layers = layers
         self._options = options
         self._lens: Lens | None = None
@@ -91,10 +65,6 @@ class Tracker:
     def is_ready(self) -> bool:
         """Whether something can be measured now, if weights are shown."""
         return self.is_starting or self.budget.is_ready
-
-    def error(self, step: int) -> list[float]:
-        """Standard errors of ``alpha`` at this step; NaN where there is no alpha."""
-        return [math.sqrt(self._predicted(row, step)) for row in range(len(self._layers))]
 
     def update(self, weights: Mapping[int, Weight], step: int) -> bool:
         """Measure as many of these tensors, by row, as the budget allows.
@@ -119,11 +89,11 @@ class Tracker:
         new = [
             row
             for row in weights
-            if self.measured_at[row] < 0 or (keeps and self._kept[row] is None)
+            if self.known.measured_at[row] < 0 or (keeps and self._kept[row] is None)
         ]
         if new:
             self._measure_first(lens, new, step)
-        self.is_starting = any(self.measured_at[row] < 0 for row in weights)
+        self.is_starting = any(self.known.measured_at[row] < 0 for row in weights)
         if not self._is_rationed(step):
             if rows := [row for row in weights if row not in new]:
                 began = time.perf_counter()
@@ -136,9 +106,8 @@ class Tracker:
 
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers, strings, lists, dicts and tensors; lists are by row."""
-        rows: dict[str, Any] = {key: list(getattr(self, key)) for key in _PER_LAYER}
         return {
-            "rows": rows,
+            "rows": self.known.state_dict(),
             "kept": list(self._kept),
             "budget": self.budget.state_dict(),
             "broken": self._broken,
@@ -148,8 +117,7 @@ class Tracker:
 
     def load_state_dict(self, state: Mapping[str, Any], order: Sequence[int]) -> None:
         """Take over a state whose row ``order[i]`` is row i here."""
-        for key in _PER_LAYER:
-            setattr(self, key, [state["rows"][key][row] for row in order])
+        self.known.load_state_dict(state["rows"], order)
         self._kept = [state["kept"][row] for row in order]
         self.budget.load_state_dict(state["budget"])
         self._broken = state["broken"]
@@ -196,9 +164,7 @@ class Tracker:
         drift = lens.turned(rows, [kept for row in rows if (kept := self._kept[row]) is not None])
         self._count_broken([not math.isnan(turned) for turned in drift.tolist()], step)
         for row, turned in zip(rows, drift.tolist(), strict=True):
-            if (age := step - self.measured_at[row]) > 0:
-                # A layer that is no longer finite, or turned by 90°, has gone as far as there is.
-                self.speed[row] = min(_FASTEST, turned / age if turned < math.inf else _FASTEST)
+            self.known.move(row, turned, step)
         ranked = self._ranked(rows, step)
         budget.limit(joint_cost(self._costs, lens.workers) + look)
         count, price = budget.afford([self._costs[row] for row in ranked], lens.workers, look)
@@ -209,72 +175,36 @@ class Tracker:
 
     def _ranked(self, rows: Sequence[int], step: int) -> list[int]:
         """Those of ``rows`` that are worth measuring, the most promising first."""
-        finite = [a for a in self.estimate if math.isfinite(a)]
-        spread = max(finite) - min(finite) if finite else 0.0
+        known, spread = self.known, self.known.spread
         worth = 0.0 if self.budget.is_granted else (_WORTH * spread) ** 2
         value = {}
         for row in rows:
-            age = step - self.measured_at[row]
-            if self.lost[row]:
+            age = step - known.measured_at[row]
+            if known.lost[row]:
                 if age >= _RETRY or (self.budget.is_granted and age > 0):
                     value[row] = math.inf
-            elif age > 0 and (variance := self._predicted(row, step)) >= worth:
+            elif age > 0 and (variance := known.predicted(row, step)) >= worth:
                 value[row] = variance * age / self._costs[row]
         return sorted(value, key=lambda row: (-value[row], row))
-
-    def _predicted(self, row: int, step: int) -> float:
-        """Variance of the estimate of a layer at this step."""
-        moved = self.speed[row] * (step - self.measured_at[row])
-        return self.variance[row] + (self.pace[row] * moved * (self.estimate[row] - 1)) ** 2
 
     def _measure(self, lens: Lens, rows: Sequence[int], step: int) -> list[bool]:
         """Measure layers; of each, whether it is finite."""
         found = lens.measure(rows, self._options.method, step)
         news: dict[str, list[str]] = {}
         for row, measurement in zip(rows, found, strict=True):
-            fit = measurement.fit
-            self.lost[row] = not math.isfinite(fit.alpha)
-            if not self.lost[row]:
-                self._absorb(row, measurement, step)
+            self.known.take(row, measurement, step, anew=not self._is_rationed(step))
+            reason = measurement.fit.reason
             # A start that has no alpha (orthogonal, zero) is no news; the rest is.
-            elif fit.reason == Reason.NOT_FINITE.text or math.isfinite(self.alpha[row]):
-                news.setdefault(str(fit.reason), []).append(self._layers[row].name)
-            self.measured_at[row] = step
+            had_alpha = math.isfinite(self.known.alpha[row])
+            if reason and (had_alpha or reason == Reason.NOT_FINITE.text):
+                news.setdefault(reason, []).append(self._layers[row].name)
         if self.budget.share is not None:
-            again = [row for row in rows if not self.lost[row] or self._kept[row] is None]
+            again = [row for row in rows if not self.known.lost[row] or self._kept[row] is None]
             for row, kept in zip(again, lens.keep(again), strict=True):
                 self._kept[row] = kept.nan_to_num(0.0, 0.0, 0.0)  # to be seen when it recovers
         for reason, names in news.items():
             self._notice(names, f"has no alpha at step {step}: {reason}; its last factor stays")
         return [m.fit.reason != Reason.NOT_FINITE.text for m in found]
-
-    def _absorb(self, row: int, measurement: Measurement, step: int) -> None:
-        layer, alpha = self._layers[row], measurement.fit.alpha
-        error = max(measurement.sketch_error, _ROUNDING * alpha)
-        self._filter(row, alpha, error**2, step)
-        alpha, xmin_pos = self.estimate[row], self._options.fit.xmin_pos
-        if self._options.start == "auto" and not self.left_noise[row]:
-            self.left_noise[row] = not is_noise(alpha, layer.shape, layer.kind, xmin_pos)
-        if self._options.shape_correction == "null":
-            ratio = aspect_ratio(layer.shape, layer.kind)
-            alpha += noise_alpha(1.0, xmin_pos) - noise_alpha(ratio, xmin_pos)
-        old, ema = self.alpha[row], self._options.ema
-        self.alpha[row] = ema * old + (1 - ema) * alpha if math.isfinite(old) else alpha
-
-    def _filter(self, row: int, alpha: float, variance: float, step: int) -> None:
-        """Take in a measured alpha: the Kalman filter of a random walk."""
-        if not (self._is_rationed(step) and math.isfinite(self.estimate[row])):
-            self.estimate[row], self.variance[row] = alpha, variance
-            return
-        before = self._predicted(row, step)
-        gain, surprise = before / (before + variance), alpha - self.estimate[row]
-        by_drift = 1 - (self.variance[row] + variance) / (before + variance)
-        if by_drift > 0:
-            # The part of the expected square that drift is to answer for learns from the found one.
-            found = min(surprise**2 / (before + variance), _MOST_SURPRISE)
-            self.pace[row] *= math.sqrt(1 + _LEARNING * by_drift * (found - 1))
-        self.estimate[row] += gain * surprise
-        self.variance[row] = (1 - gain) * before
 
     def _is_rationed(self, step: int) -> bool:
         return self.budget.share is not None and step > 0

@@ -218,9 +218,9 @@ def test_a_state_saved_without_a_budget_goes_on_with_one_and_the_reverse(applier
         second.balancer.load_state_dict(first.balancer.state_dict())
         second.model.load_state_dict(first.model.state_dict())
         assert second.balancer.factors == first.balancer.factors
-        measured = list(second.balancer._tracker.measured_at)
+        measured = list(second.balancer._tracker.known.measured_at)
         second.step(30)
-        assert min(second.balancer._tracker.measured_at) > max(measured)
+        assert min(second.balancer._tracker.known.measured_at) > max(measured)
 
 
 class Faults:
@@ -290,7 +290,7 @@ def test_ten_thousand_steps_of_faults_leave_finite_rates_and_flat_memory(applier
         if step in (1000, 5000):
             gc.collect()
             sizes[step] = len(gc.get_objects()), resident_bytes()
-            measured = min(run.balancer._tracker.measured_at)
+            measured = min(run.balancer._tracker.known.measured_at)
     assert measured > 4000  # each layer was measured in the last fifth
     (objects, size), (objects_after, size_after) = sizes.values()
     assert abs(objects_after - objects) < 0.01 * objects

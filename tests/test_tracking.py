@@ -96,8 +96,10 @@ def test_unmoved_sketches_average_with_the_weights_of_their_variances():
     alphas = np.array([m.fit.alpha for m in found])
     inverse = np.array([m.sketch_error for m in found]) ** -2
     # 1e-9: the recursion against the closed form, both in float64
-    assert tracker.alpha[0] == pytest.approx((alphas * inverse).sum() / inverse.sum(), rel=1e-9)
-    assert tracker.error(5)[0] == pytest.approx(inverse.sum() ** -0.5, rel=1e-9)
+    assert tracker.known.alpha[0] == pytest.approx(
+        (alphas * inverse).sum() / inverse.sum(), rel=1e-9
+    )
+    assert tracker.known.error(5)[0] == pytest.approx(inverse.sum() ** -0.5, rel=1e-9)
     assert len(set(alphas)) == 6
 
 
@@ -115,7 +117,7 @@ def test_the_pace_of_alpha_is_learned_from_how_far_off_measurements_find_it(true
         tracker.update(dict.fromkeys(range(8), ANY), lens.step)
     # Each layer remembers about 5 measurements; the mean over 8 layers varies by a fifth or so,
     # and a root of a noisy square is low by a little.
-    assert np.mean(tracker.pace) == pytest.approx(true_pace, rel=0.4)
+    assert np.mean(tracker.known.pace) == pytest.approx(true_pace, rel=0.4)
 
 
 def test_standard_errors_cover_the_exact_alphas_of_a_training():
@@ -196,7 +198,7 @@ def test_nothing_is_measured_while_nothing_moves():
         tracker.tick()
         tracker.budget.credit += 1e-4
         tracker.update(weights, step)
-    assert max(tracker.measured_at) <= GRANT_STEPS
+    assert max(tracker.known.measured_at) <= GRANT_STEPS
 
 
 def test_the_first_steps_do_not_depend_on_the_clock(monkeypatch):
@@ -265,7 +267,7 @@ def test_a_resumed_run_decides_as_the_one_it_continues(saved_at, monkeypatch):
         steps(*pair, range(saved_at + 1, saved_at + 41))
     assert lens.measured == other.measured
     assert len(lens.measured) > 1
-    assert straight.alpha == resumed.alpha
+    assert straight.known.alpha == resumed.known.alpha
     assert straight.state_dict()["rows"] == resumed.state_dict()["rows"]
 
 
