@@ -1,4 +1,5 @@
 // tbfast._native: checks arguments, releases the GIL, calls the kernels.
+#include <pybind11/complex.h>
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -54,15 +55,26 @@ py::tuple fit(const In<double>& values, const In<int64_t>& offsets, int64_t kind
 }
 
 template <typename T>
-py::array_t<double> symmetric_eigenvalues(const py::array_t<T, py::array::c_style>& a) {
+py::array_t<double> eigenvalues(const py::array_t<T, py::array::c_style>& a,
+                                void (*compute)(const T*, int64_t, int64_t, double*)) {
   if (a.ndim() != 3 || a.shape(1) != a.shape(2)) {
     throw py::value_error("matrices must have shape (count, n, n)");
   }
   py::array_t<double> out({a.shape(0), a.shape(1)});
   double* values = out.mutable_data();
   const py::gil_scoped_release unlocked;
-  tb::symmetric_eigenvalues(a.data(), a.shape(0), a.shape(1), values);
+  compute(a.data(), a.shape(0), a.shape(1), values);
   return out;
+}
+
+template <typename T>
+py::array_t<double> symmetric_eigenvalues(const py::array_t<T, py::array::c_style>& a) {
+  return eigenvalues(a, &tb::symmetric_eigenvalues<T>);
+}
+
+py::array_t<double> hermitian_eigenvalues(
+    const py::array_t<std::complex<double>, py::array::c_style>& a) {
+  return eigenvalues(a, &tb::hermitian_eigenvalues);
 }
 
 }  // namespace
@@ -76,6 +88,8 @@ PYBIND11_MODULE(_native, m) {
   m.def("symmetric_eigenvalues", &symmetric_eigenvalues<float>, py::arg("a").noconvert(),
         "Eigenvalues (count, n), ascending, of matrices (count, n, n); reads the upper triangle.");
   m.def("symmetric_eigenvalues", &symmetric_eigenvalues<double>, py::arg("a").noconvert());
+  m.def("hermitian_eigenvalues", &hermitian_eigenvalues, py::arg("a").noconvert(),
+        "The same of complex Hermitian matrices, several at once; for small ones.");
   tb::bind_table(m);
   tb::bind_lanczos(m);
   tb::bind_quadrature(m);

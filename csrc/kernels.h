@@ -2,6 +2,7 @@
 // Sizes and offsets are int64_t throughout. Nothing here keeps a pointer after it returns.
 #pragma once
 
+#include <complex>
 #include <cstdint>
 #include <vector>
 
@@ -51,6 +52,10 @@ std::vector<Fit> fit(const double* values, const int64_t* offsets, int64_t rows,
 //   out: count x n, overwritten
 template <typename T>
 void symmetric_eigenvalues(const T* a, int64_t count, int64_t n, double* out);
+
+// The same for complex Hermitian matrices, of which only what is on and above the diagonal is read.
+// For small ones: several are worked on at once, and all of that should fit into the cache.
+void hermitian_eigenvalues(const std::complex<double>* a, int64_t count, int64_t n, double* out);
 
 // Threads to use: TBFAST_NUM_THREADS, else the cores this process may run on.
 // Throws std::invalid_argument when the variable is not a positive number.

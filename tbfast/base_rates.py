@@ -27,6 +27,8 @@ class _Slot:
 class BaseRates:
     """The rates of an optimizer's groups, and what factors make of them.
 
+    Rates are numbers as a rule, and the loops are short for them: a step may have hundreds.
+
     A group is known by its name, or its place if it has none. A group that joins has the rate that
     it comes with. Rates that are tensors are written in place: a compiled step keeps its graph, and
     nothing waits for the device.
@@ -52,15 +54,18 @@ class BaseRates:
 
     def put_back(self) -> None:
         """Give every group its base rate."""
+        what = self._what
         for slot in self._current():
-            self._set(slot.group, slot.base)
+            if type(slot.base) is float and type(slot.group[what]) is float:
+                slot.group[what] = slot.base
+            else:
+                self._set(slot.group, slot.base)
 
     def take(self) -> None:
         """What the groups have now are their base rates."""
         what = self._what
         for slot in self._current():
-            rate = slot.group[what]
-            slot.base = _copy(rate)
+            slot.base = _copy(slot.group[what])
 
     def write(self, factors: Mapping[str, float]) -> None:
         """Give every group its base rate times the factor of its layer, 1 if it has none."""
@@ -122,4 +127,6 @@ def rates_of(optimizer: Optimizer) -> list[Rate]:
 
 
 def _copy(rate: Rate) -> Rate:
+    if type(rate) is float:
+        return rate
     return rate.clone() if isinstance(rate, Tensor) else float(rate)

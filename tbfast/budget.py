@@ -36,7 +36,9 @@ _MOST_SAVED = 50  # complete refreshes of which the credit may hold the price
 _CALL = 8e-4  # of any measurement
 _LOOK = (5e-5, 1.2e-5)  # of looking at how far layers have moved: once, and for each layer
 _CUBE, _SQUARE, _GRAM = 4e-11, 1.8e-8, 2.5e-11  # exact: n³, n² and n² (m - n)
-_MATRIX, _COMPLEX_MATRIX = 2e-5, 4e-5
+_MATRIX, _COMPLEX_MATRIX = 2e-5, 8e-6
+_COMPLEX, _SMALL_COMPLEX = 4.0, 1.4  # times the arithmetic of a real one; small: worked on together
+_SMALL = 64
 _PASS = 1e-10  # sketch: one probe times one element
 
 
@@ -192,11 +194,13 @@ def layer_cost(layer: Layer, *, is_complex: bool, sketch: tuple[int, int] | None
     rows, cols = sides(layer.shape, layer.kind)
     n, m = min(rows, cols), max(rows, cols)
     matrices = count_eigenvalues(layer.shape, layer.kind) / n
-    flops = 4 if is_complex else 1
+    flops = _COMPLEX if is_complex else 1.0
     if sketch is not None:
         return matrices * (flops * _PASS * n * m * math.prod(sketch) + _MATRIX)
     solve = _CUBE * n**3 + _SQUARE * n**2 + _GRAM * n**2 * (m - n)
-    return matrices * (flops * solve + (_COMPLEX_MATRIX if is_complex else _MATRIX))
+    if is_complex and n <= _SMALL:
+        return matrices * (_SMALL_COMPLEX * solve + _COMPLEX_MATRIX)
+    return matrices * (flops * solve + _MATRIX)
 
 
 def joint_cost(costs: Sequence[float], workers: int) -> float:

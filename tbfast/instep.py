@@ -39,8 +39,9 @@ def attach(
     scheduler may be built before or after. Nothing has to be called: every ``every`` steps, after
     the step, the spectra are measured, and ``.factors`` says what the next step will use.
 
-    Save and load ``balancer.state_dict()`` with the optimizer's. ``copy.deepcopy`` and pickle of
-    an optimizer leave the factors behind.
+    Save ``balancer.state_dict()`` with the optimizer's and load it after that one:
+    ``torch.distributed.checkpoint`` takes an empty step to make the optimizer's state.
+    ``copy.deepcopy`` and pickle of an optimizer leave the factors behind.
 
     Args:
         optimizer: Any torch optimizer over parameters of ``model``, with any groups, but not

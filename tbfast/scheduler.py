@@ -41,9 +41,10 @@ class TempBalance(LRScheduler):
         preset: ``"tempbalance"``, ``"model-balancing"`` or ``"llr"``; None below takes its value.
         mapping, low, high: See :func:`tbfast.lr_factors`.
         every: Optimizer steps between refreshes.
-        budget: Largest share of wall time spent measuring; None for no limit. Only models whose
-            refresh takes more than 50 ms are rationed: the stalest layers first. Which these are
-            depends on the clock, so such a run is not reproducible bit for bit.
+        budget: Share of the wall time that measuring may take. After each ``every`` steps the
+            layers are looked at, and those measured that promise most; the first 20 steps get
+            50 ms more. What is measured depends on how long steps take, so such a run is not
+            reproducible bit for bit. None: everything is measured, at whatever cost.
         fit, xmin_pos: The fit; see :func:`tbfast.fit_alpha`.
         method: ``"exact"``, ``"sketch"`` or ``"auto"``; see :func:`tbfast.analyze`. A sketch draws
             new probes at each step.
@@ -64,9 +65,10 @@ class TempBalance(LRScheduler):
         backend: ``"auto"``, ``"native"`` or ``"reference"``.
         **options: ``start``: optimizer steps before the map acts (0, as published), or ``"auto"``:
             a layer's factor stays 1 until its alpha leaves the band of Gaussian noise of its
-            shape. ``history=1000``: refreshes kept. ``smooth``, ``k``, ``bins``,
-            ``peak_compat``, ``filter_zeros``: of the fit. ``probes=8``, ``steps=20``: of a sketch.
-            ``clip``, ``exp_temp``, ``factors``: of the mapping.
+            shape. ``warm_start=0``: steps over which the first measurement is spread, with factors
+            of 1 until it is complete. ``history=1000``: refreshes kept. ``smooth``, ``k``,
+            ``bins``, ``peak_compat``, ``filter_zeros``: of the fit. ``probes=8``, ``steps=20``: of
+            a sketch. ``clip``, ``exp_temp``, ``factors``: of the mapping.
 
     Raises:
         ValueError: If no group comes from ``param_groups``, ``base`` is of another optimizer, or
@@ -258,6 +260,11 @@ class TempBalance(LRScheduler):
     def overhead(self) -> float:
         """See :attr:`Balancer.overhead`."""
         return self.balancer.overhead
+
+    @property
+    def initial_seconds(self) -> float:
+        """See :attr:`Balancer.initial_seconds`."""
+        return self.balancer.initial_seconds
 
     @property
     def history(self) -> list[tuple[int, dict[str, float], dict[str, float]]]:

@@ -192,6 +192,42 @@ def test_symmetric_eigenvalues_are_lapacks(n, dtype, isa, monkeypatch):
         assert np.all(np.diff(values) >= 0)
 
 
+@pytest.mark.parametrize("isa", _native.isas())
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 17, 24, 64])
+def test_hermitian_eigenvalues_are_lapacks(n, isa, monkeypatch):
+    monkeypatch.setenv("TBFAST_ISA", isa)
+    rng = np.random.default_rng(n)
+    noise = rng.standard_normal((2, n, n, 2)).view(complex)[..., 0]
+    graded = 10.0 ** -np.linspace(0, 12, n)
+    matrices = np.stack(
+        [
+            noise[0] @ noise[0].conj().T,
+            noise[1] + noise[1].conj().T,  # indefinite
+            np.diag(rng.integers(0, 3, n).astype(complex)),  # splits at once, with ties
+            np.outer(noise[0, 0], noise[0, 0].conj()),  # of rank one
+            noise[0] * np.sqrt(np.outer(graded, graded)) @ np.diag(graded**0.5),
+            np.zeros((n, n), complex),
+            1e-160 * noise[1] + np.eye(n),  # squares that underflow
+            (noise[0] @ noise[0].T).real.astype(complex),
+            noise[1] @ noise[1].conj().T,  # one more than fit into a vector of any kind
+        ]
+    )
+    matrices = np.triu(matrices) + np.triu(matrices, 1).conj().swapaxes(1, 2)
+    matrices[:, range(n), range(n)] = matrices[:, range(n), range(n)].real
+    upper_only = np.triu(matrices) + np.tril(np.full((n, n), np.nan), -1)
+    found = _native.hermitian_eigenvalues(upper_only)
+    # Backward stability, as above.
+    for values, matrix in zip(found, matrices, strict=True):
+        scale = np.abs(matrix).sum(1).max() * np.finfo(np.float64).eps
+        np.testing.assert_allclose(
+            values, np.linalg.eigvalsh(matrix), rtol=0, atol=(5 + n / 4) * scale
+        )
+        assert np.all(np.diff(values) >= 0)
+    # A matrix does not notice those that it is worked on with.
+    for values, matrix in zip(found, upper_only, strict=True):
+        np.testing.assert_array_equal(_native.hermitian_eigenvalues(matrix[None])[0], values)
+
+
 def test_symmetric_eigenvalues_take_square_matrices_of_one_of_two_types():
     with pytest.raises(ValueError, match="shape .count, n, n."):
         _native.symmetric_eigenvalues(np.ones((2, 3, 4)))

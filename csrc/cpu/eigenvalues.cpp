@@ -3,6 +3,7 @@
 // the algorithm of LAPACK's sterf, but four sweeps at a time.
 #include <algorithm>
 #include <cmath>
+#include <complex>
 #include <limits>
 #include <stdexcept>
 #include <tuple>
@@ -186,6 +187,39 @@ void symmetric_eigenvalues(const T* a, int64_t count, int64_t n, double* out) {
     for (double& e : off_diagonal) e *= e;
     tridiagonal_eigenvalues(values, off_diagonal.data(), n);
     std::sort(values, values + n);
+  }
+}
+
+void hermitian_eigenvalues(const std::complex<double>* a, int64_t count, int64_t n, double* out) {
+  constexpr int64_t kStep = 2 * kTogether;
+  Buffer<double> lanes, scratch;
+  double* matrices = lanes.reserve(kStep * n * n);
+  double* diagonal = scratch.reserve(3 * kStep * n);
+  double* squares = diagonal + kTogether * n;
+  double* work = squares + kTogether * n;
+  std::vector<double> off_diagonal(n);
+  for (int64_t first = 0; first < count; first += kTogether) {
+    const int64_t here = std::min(kTogether, count - first);
+    std::fill(matrices, matrices + kStep * n * n, 0.0);
+    for (int64_t lane = 0; lane < here; ++lane) {
+      const std::complex<double>* from = a + (first + lane) * n * n;
+      // The lower triangle of the transpose, which has the same eigenvalues.
+      for (int64_t j = 0; j < n; ++j) {
+        for (int64_t i = j; i < n; ++i) {
+          double* to = matrices + kStep * (j * n + i) + lane;
+          to[0] = from[j * n + i].real();
+          to[kTogether] = from[j * n + i].imag();
+        }
+      }
+    }
+    kernels().tridiagonalize_hermitian(matrices, n, diagonal, squares, work);
+    for (int64_t lane = 0; lane < here; ++lane) {
+      double* values = out + (first + lane) * n;
+      for (int64_t i = 0; i < n; ++i) values[i] = diagonal[kTogether * i + lane];
+      for (int64_t i = 0; i + 1 < n; ++i) off_diagonal[i] = squares[kTogether * i + lane];
+      tridiagonal_eigenvalues(values, off_diagonal.data(), n);
+      std::sort(values, values + n);
+    }
   }
 }
 

@@ -41,13 +41,13 @@ bool has_avx512() {
 
 #define TB_KERNELS(isa)                                                                       \
   Kernels {                                                                                   \
-    #isa, isa::ks_distance, isa::tridiagonalize_f32, isa::tridiagonalize_f64, isa::inner_f32, \
-        isa::inner_f64, isa::movement_f32, isa::movement_f64, isa::panel_products,            \
-        isa::panel_sums, isa::panel_accumulate, isa::convert, isa::convert_columns,           \
-        isa::inner_product, isa::subtract_scaled, isa::scaled_copy, isa::project_out,         \
-        isa::skinny_product_f32, isa::skinny_product_f64, isa::square_sum_f32,                \
-        isa::square_sum_f64, isa::jacobi_sweep, isa::stream_sum, isa::fma_chains,             \
-        isa::fma_flops_per_step                                                               \
+    #isa, isa::ks_distance, isa::tridiagonalize_f32, isa::tridiagonalize_f64,                 \
+        isa::tridiagonalize_hermitian, isa::inner_f32, isa::inner_f64, isa::movement_f32,     \
+        isa::movement_f64, isa::panel_products, isa::panel_sums, isa::panel_accumulate,       \
+        isa::convert, isa::convert_columns, isa::inner_product, isa::subtract_scaled,         \
+        isa::scaled_copy, isa::project_out, isa::skinny_product_f32, isa::skinny_product_f64, \
+        isa::square_sum_f32, isa::square_sum_f64, isa::jacobi_sweep, isa::stream_sum,         \
+        isa::fma_chains, isa::fma_flops_per_step                                              \
   }
 
 const std::vector<Kernels>& available() {

@@ -26,6 +26,14 @@ constexpr int64_t tridiagonal_work(int64_t n) { return 64 * padded(n); }
 template <typename T>
 using Tridiagonalize = void (*)(T* a, int64_t n, double* diagonal, double* off_diagonal, T* work);
 
+// The same for kTogether complex Hermitian matrices at once, up to the phases of the off-diagonal
+// elements. Element (i, j) has its real parts, one of each matrix, from
+// a[2 * kTogether * (j * n + i)] on, and then its imaginary parts.
+//   a: the lower triangles; overwritten     diagonal: n * kTogether
+//   squares: (n - 1) * kTogether, of the magnitudes of the off-diagonal elements
+//   work: 4 * kTogether * n
+constexpr int64_t kTogether = 8;
+
 // A fused pass over W works on panels of kPanelRows rows, on columns padded to kLanes, and on
 // kProbes vectors at a time. The vectors of all probes lie one after the other, the coefficients of
 // a panel by rows.
@@ -50,6 +58,8 @@ struct Ahead {
   double ks_distance(const double* logs, int64_t n, double alpha, double bound);                   \
   void tridiagonalize_f32(float* a, int64_t n, double* d, double* e, float* work);                 \
   void tridiagonalize_f64(double* a, int64_t n, double* d, double* e, double* work);               \
+  void tridiagonalize_hermitian(double* a, int64_t n, double* diagonal, double* squares,           \
+                                double* work);                                                     \
   /* dot += sum of w g, square += sum of w^2 */                                                    \
   void inner_f32(const float* w, const int8_t* g, int64_t n, double* dot, double* square);         \
   void inner_f64(const double* w, const int8_t* g, int64_t n, double* dot, double* square);        \
@@ -126,6 +136,7 @@ struct Kernels {
   KsDistance ks_distance;
   Tridiagonalize<float> tridiagonalize_f32;
   Tridiagonalize<double> tridiagonalize_f64;
+  decltype(&scalar::tridiagonalize_hermitian) tridiagonalize_hermitian;
   decltype(&scalar::inner_f32) inner_f32;
   decltype(&scalar::inner_f64) inner_f64;
   decltype(&scalar::movement_f32) movement_f32;

@@ -44,8 +44,13 @@ _PANEL = 1 << 21  # elements converted at a time: 16 MiB of float64
 _BATCH = 1 << 14  # elements of a batch of small matrices: few enough that every thread gets one
 _BLOCKS = 6  # column blocks of a Gram product: 21 of 36 block products instead of all
 _SMALL = 256  # columns below which matrices are batched, and blocks and float32 gain nothing
-# Columns from which MKL's solver is faster than ours, whose matrix then leaves the cache.
-_LAPACK_ABOVE = {torch.float32: 1600, torch.float64: 1200}
+# Columns from which MKL's solver is faster than ours, whose matrices then leave the cache.
+_LAPACK_ABOVE = {
+    torch.float32: 1600,
+    torch.float64: 1200,
+    torch.complex64: 0,
+    torch.complex128: 64,
+}
 _ORDINARY = 20  # exponents of the largest entry that need no scaling, for squares in float32
 _SLENDER = 0.7  # short / long side above which a random spectrum reaches down to float32's noise
 
@@ -254,7 +259,8 @@ def _gram(matrices: Tensor, exponents: Tensor, real: torch.dtype) -> Tensor:
 
 def _symmetric_eigenvalues(gram: Tensor) -> Tensor:
     """Eigenvalues (count, cols) in float64 of Hermitian matrices given by their upper triangles."""
-    if gram.is_complex() or gram.shape[1] > _LAPACK_ABOVE[gram.dtype]:
+    if gram.shape[1] > _LAPACK_ABOVE[gram.dtype]:
         values: Tensor = torch.linalg.eigvalsh(gram, UPLO="U")
         return values.double()
-    return torch.from_numpy(_native.symmetric_eigenvalues(gram.numpy()))
+    solve = _native.hermitian_eigenvalues if gram.is_complex() else _native.symmetric_eigenvalues
+    return torch.from_numpy(solve(gram.numpy()))
