@@ -27,6 +27,7 @@ from workloads import DATA, WORKLOADS, Workload
 
 from tbfast.alpha import AlphaFit
 from tbfast.budget import layer_cost
+from tbfast.estimates import Estimates
 from tbfast.lens import Lens
 from tbfast.presets import resolve, select_options
 from tbfast.selection import tuned_layers
@@ -117,17 +118,24 @@ class RoundRobin(Tracker):
     """The layer that was measured longest ago comes first."""
 
     def _ranked(self, rows, step):
-        waiting = [row for row in rows if self.measured_at[row] < step]
-        return sorted(waiting, key=lambda row: (self.measured_at[row], row))
+        measured_at = self.known.measured_at
+        waiting = [row for row in rows if measured_at[row] < step]
+        return sorted(waiting, key=lambda row: (measured_at[row], row))
+
+
+class SamePace(Estimates):
+    def _filter(self, row, alpha, variance, step):
+        pace = self.pace[row]
+        super()._filter(row, alpha, variance, step)
+        self.pace[row] = pace
 
 
 class FixedPace(Tracker):
     """Nothing is learned of how alpha follows drift."""
 
-    def _filter(self, row, alpha, variance, step):
-        pace = self.pace[row]
-        super()._filter(row, alpha, variance, step)
-        self.pace[row] = pace
+    def __init__(self, layers, options) -> None:
+        super().__init__(layers, options)
+        self.known = SamePace(layers, options)
 
 
 class Filter(Tracker):
@@ -147,12 +155,12 @@ class Filter(Tracker):
         ]
         noise = [
             (1.3 * a) ** 2 / (self._lens.probes * layer.n_eigs)
-            for a, layer in zip(self.estimate, self._layers, strict=True)
+            for a, layer in zip(self.known.estimate, self._layers, strict=True)
         ]
         self._sketched = {
             row
             for row in rows
-            if self._predicted(row, step) > _BREAK * noise[row] * rough[row] / exact[row]
+            if self.known.predicted(row, step) > _BREAK * noise[row] * rough[row] / exact[row]
             and rough[row] < exact[row] / 1.5
         }
         self._costs = [
@@ -167,9 +175,10 @@ class Filter(Tracker):
         for row, found in zip(
             rows, lens.measure(rows, "sketch" if sketched else "exact", step), strict=True
         ):
-            self._absorb(row, found, step)
+            self.known.take(row, found, step, anew=step == 0)
         for row, kept in zip(rows, lens.keep(rows), strict=True):
             self._kept[row] = kept
+        return [True] * len(rows)
 
 
 POLICIES: dict[str, type[Tracker]] = {
