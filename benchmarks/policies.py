@@ -220,29 +220,36 @@ def replay(name: str, policy: str, budget: float, looks: list[dict]) -> dict:
     ) | {"within_two_errors": round(float(np.mean(np.abs(ratios) < 2)), 3)}
 
 
-def published(name: str, every: int, looks: list[dict]) -> dict:
-    """All layers by torch.linalg.svdvals every so many steps."""
+def published(name: str, every: int, looks: list[dict], refresh: float) -> dict:
+    """All layers by torch.linalg.svdvals every so many steps, each time for so many seconds."""
     workload = workload_of(name)
-    layers, parameters = layers_of(workload), dict(workload.model.named_parameters())
     known, errors = looks[0]["exact"], []
     for look in looks:
         known = look["exact"] if look["step"] % every == 0 else known
         if look["step"] >= (50 if workload.fresh else 1):
             exact = np.array(look["exact"])
             errors.append((np.array(known) - exact) / np.ptp(exact))
-    seconds = svdvals_seconds([parameters[layer.name].detach() for layer in layers])
-    return _row(name, f"svdvals every {every}", "", seconds / every / STEP_SECONDS[name], errors)
+    return _row(name, f"svdvals every {every}", "", refresh / every / STEP_SECONDS[name], errors)
+
+
+def all_published(name: str, looks: list[dict]) -> list[dict]:
+    """The published way at several intervals; those between the looks say nothing."""
+    workload = workload_of(name)
+    parameters = dict(workload.model.named_parameters())
+    refresh = svdvals_seconds([parameters[layer.name].detach() for layer in layers_of(workload)])
+    steps = sorted({10, 20, 50, 100, workload.epoch})
+    return [published(name, k, looks, refresh) for k in steps if k % looks[1]["step"] == 0]
 
 
 def svdvals_seconds(weights) -> float:
     """Median time of one refresh the published way."""
     times = []
-    for _ in range(3):
+    for _ in range(5):
         began = time.perf_counter()
         for weight in weights:
             torch.linalg.svdvals(weight if weight.ndim == 2 else weight.flatten(2).permute(2, 0, 1))
         times.append(time.perf_counter() - began)
-    return sorted(times)[1]
+    return float(np.median(times))
 
 
 def _row(name, policy, budget, overhead, errors) -> dict:
@@ -268,10 +275,7 @@ def main(arguments: list[str]) -> None:
             continue
         looks = torch.load(path, weights_only=True)
         rows += [replay(name, policy, budget, looks) for policy in POLICIES for budget in BUDGETS]
-        each, epoch = looks[1]["step"], workload_of(name).epoch
-        rows += [
-            published(name, k, looks) for k in sorted({10, 20, 50, 100, epoch}) if k % each == 0
-        ]
+        rows += all_published(name, looks)
     with RESULTS.open("w", newline="") as file:
         writer = csv.DictWriter(file, [*rows[0]], lineterminator="\n", restval="")
         writer.writeheader()
