@@ -9,11 +9,7 @@
 
 #include <cstdint>
 
-#if defined(__CUDACC__)
-#define TB_DEVICE __host__ __device__
-#else
-#define TB_DEVICE
-#endif
+#include "portable.h"
 
 namespace tb {
 

@@ -4,12 +4,14 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "portable.h"
+
 namespace tb {
 
 // The numbers are those of tbfast/batch.py.
 enum class DType : int64_t { f16 = 0, bf16 = 1, f32 = 2, f64 = 3, c64 = 4, c128 = 5 };
 
-inline bool is_complex(DType t) { return t == DType::c64 || t == DType::c128; }
+TB_DEVICE inline bool is_complex(DType t) { return t == DType::c64 || t == DType::c128; }
 
 inline int64_t element_bytes(DType t) {
   constexpr int64_t bytes[] = {2, 2, 4, 8, 8, 16};

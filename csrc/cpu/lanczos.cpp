@@ -180,15 +180,17 @@ bool run(const Matrix& m, int64_t index, const Starts& starts, double scale, Run
   double* products = room.set->products.reserve(runs.probes * steps);
   start(k, starts, m, index, padded, length, basis);
   std::fill(runs.taken, runs.taken + runs.probes, 0);
+  std::vector<char> ended(static_cast<size_t>(runs.probes), 0);
   std::atomic<int64_t> running{runs.probes};
   for (int64_t j = 0; j < steps && running > 0; ++j) {
     apply(product, padded, basis + j * stride, y, room);
     parallel_for(runs.probes, room.threads, [&](int64_t p) {
-      if (runs.taken[p] < j) return;  // has ended
+      if (ended[static_cast<size_t>(p)] != 0) return;
       float* next = j + 1 < steps ? basis + (j + 1) * stride + p * length : nullptr;
       float* w = y + p * length;
       if (!advance(k, j, basis + p * length, stride, length, w, next, runs, p,
                    products + p * steps)) {
+        ended[static_cast<size_t>(p)] = 1;
         --running;
       }
     });
