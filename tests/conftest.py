@@ -1,5 +1,7 @@
 """What several test files need."""
 
+import importlib
+import importlib.util
 import os
 import signal
 import subprocess
@@ -9,7 +11,20 @@ from pathlib import Path
 import pytest
 import torch
 
+# Triton's kernels run in its interpreter where there is no GPU. It looks when it is imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 DISTRIBUTED = Path(__file__).parent / "distributed"
+EMULATION = Path(__file__).parent / "emulation"
+
+
+def load(name: str, path: Path):
+    """A module that is not on sys.path."""
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(scope="session")
@@ -40,3 +55,44 @@ def in_processes(tmp_path_factory):
 
     run.folder = DISTRIBUTED
     return run
+
+
+@pytest.fixture(scope="session")
+def emulation():
+    """tests/emulation/build.py, where there is a compiler for it."""
+    builder = load("emulation_build", EMULATION / "build.py")
+    try:
+        builder.compiler()
+    except RuntimeError as reason:
+        pytest.skip(str(reason))
+    return builder
+
+
+@pytest.fixture(scope="session")
+def emulated_module(emulation):
+    return load("_cuda_emulated", emulation.build_module())
+
+
+@pytest.fixture
+def emulated(emulated_module):
+    """tbfast._cuda on the emulator, which is again as it was after the test."""
+    emulated_module.emulate()
+    yield emulated_module
+    emulated_module.emulate()
+
+
+@pytest.fixture
+def cuda(emulated, monkeypatch):
+    """The CUDA backend on the emulator."""
+    import tbfast.backends
+
+    for name in ("cuda", "cuda_plans", "cuda_refresh"):
+        monkeypatch.delitem(sys.modules, f"tbfast.backends.{name}", raising=False)
+        monkeypatch.delattr(tbfast.backends, name, raising=False)
+    monkeypatch.setitem(sys.modules, "tbfast._cuda", emulated)
+    monkeypatch.setattr(tbfast, "_cuda", emulated, raising=False)
+    yield importlib.import_module("tbfast.backends.cuda")
+    for name in ("cuda", "cuda_plans", "cuda_refresh"):
+        sys.modules.pop(f"tbfast.backends.{name}", None)
+        if hasattr(tbfast.backends, name):
+            delattr(tbfast.backends, name)
