@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from tbfast._native import Table
@@ -49,16 +50,17 @@ class Batch:
     from several threads.
 
     Args:
-        weights: Tensors by name, or a list of tensors (then named ``"0"``, ``"1"``, ...): CPU,
-            dense, float16, bfloat16, float32, float64, complex64 or complex128, any strides.
-            Parameters that share memory are measured once for each name.
+        weights: Tensors by name, or a list of tensors (then named ``"0"``, ``"1"``, ...): all on
+            the CPU or all on one GPU, dense, float16, bfloat16, float32, float64, complex64 or
+            complex128, any strides. Parameters that share memory are measured once for each name.
         kinds: What each weight stands for, see :mod:`tbfast.matrices`; None guesses from name and
             shape.
 
     Raises:
         TypeError: On a tensor that has no plain memory of its own: one of a wrapper subclass
             (quantised, distributed, fake, functional), on the meta device, or sparse.
-        ValueError: On an empty weight or one of another shape than its kind asks for.
+        ValueError: On an empty weight, one of another shape than its kind asks for, or one on
+            another device than the first.
     """
 
     def __init__(
@@ -72,6 +74,7 @@ class Batch:
         tensors = list(weights.values())
         for name, tensor in zip(self.names, tensors, strict=True):
             check_plain(tensor, name)
+        self.device = tensors[0].device if tensors else torch.device("cpu")
         if kinds is None:
             kinds = [guess_kind(n, t) for n, t in zip(self.names, tensors, strict=True)]
         self.kinds = tuple(kinds)
@@ -82,7 +85,8 @@ class Batch:
         self._references = [weakref.ref(tensor) for tensor in tensors]
         self._seen: tuple[Any, ...] = ()
         self._table: Table | None = None
-        self.table()
+        self._described: NDArray[np.int64] | None = None
+        self.descriptors()
 
     @classmethod
     def of_model(
@@ -117,12 +121,30 @@ class Batch:
         return [as_matrices(t, kind) for t, kind in zip(self.tensors(), self.kinds, strict=True)]
 
     def table(self) -> Table:
-        """The table for the compiled verbs, looked up again where a weight has changed.
+        """The table for the compiled verbs of the CPU, looked up again where a weight has changed.
 
         Raises:
+            TypeError: If the weights are on a GPU, or one has become something that cannot be read.
             RuntimeError: If a weight is gone or has given up its memory.
-            ValueError: If a weight has another shape than before.
-            TypeError: If a weight has become something that cannot be read.
+            ValueError: If a weight has another shape or device than before.
+        """
+        if self.device.type != "cpu":
+            raise TypeError(
+                f"{self.names[0]} is on {self.device}; this backend reads CPU memory, use .cpu()"
+            )
+        described = self.descriptors()
+        if self._table is None:
+            self._table = Table(described, self.keys)
+        return self._table
+
+    def descriptors(self) -> NDArray[np.int64]:
+        """Where every matrix lies, shape (matrices, 7); another array where a weight has changed.
+
+        Columns: address, rows, columns, row stride and column stride in elements, the dtype's
+        number in csrc/ragged.h, and the layer.
+
+        Raises:
+            As :meth:`table`, but weights may be on a GPU.
         """
         tensors = self.tensors()
         seen = (
@@ -130,18 +152,22 @@ class Batch:
             tuple(map(Tensor.stride, tensors)),
             tuple(map(_shape_and_type, tensors)),
         )
-        table = self._table
-        if table is None or seen != self._seen:
-            table = self._described(tensors)
-            self._table, self._seen = table, seen
-        return table
+        if self._described is None or seen != self._seen:
+            self._described, self._table = self._look(tensors), None
+            self._seen = seen
+        return self._described
 
-    def _described(self, tensors: Sequence[Tensor]) -> Table:
+    def _look(self, tensors: Sequence[Tensor]) -> NDArray[np.int64]:
         described: list[tuple[int, ...]] = []
         for layer, (tensor, name, kind, shape) in enumerate(
             zip(tensors, self.names, self.kinds, self.shapes, strict=True)
         ):
             check_plain(tensor, name)
+            if tensor.device != self.device:
+                raise ValueError(
+                    f"{name} is on {tensor.device}, but {self.names[0]} is on {self.device}; "
+                    "make one Batch for each device"
+                )
             if tuple(tensor.shape) != shape:
                 raise ValueError(
                     f"{name} had the shape {shape} when this Batch was made and has "
@@ -162,7 +188,7 @@ class Batch:
                 )
                 for place in places
             ]
-        return Table(np.array(described, dtype=np.int64).reshape(-1, 7), self.keys)
+        return np.array(described, dtype=np.int64).reshape(-1, 7)
 
 
 def _layout(tensor: Tensor, kind: Kind) -> tuple[list[int], int, int, int, int]:
@@ -187,7 +213,7 @@ def _layout(tensor: Tensor, kind: Kind) -> tuple[list[int], int, int, int, int]:
 
 
 def check_plain(tensor: Any, name: str) -> None:
-    """Refuse, by name, what has no CPU memory that can be read as it is.
+    """Refuse, by name, what has no memory that can be read as it is.
 
     Raises:
         TypeError: With the reason and the remedy.
@@ -206,8 +232,8 @@ def check_plain(tensor: Any, name: str) -> None:
         raise TypeError(f"{name} is a functional tensor; measure outside the transformed function")
     if tensor.is_meta:
         raise TypeError(f"{name} is on the meta device and holds no values; load the weights first")
-    if tensor.device.type != "cpu":
-        raise TypeError(f"{name} is on {tensor.device}; this backend reads CPU memory, use .cpu()")
+    if tensor.device.type not in ("cpu", "cuda"):
+        raise TypeError(f"{name} is on {tensor.device}, which no backend reads; use .cpu()")
     if tensor.layout != torch.strided or tensor.is_quantized:
         kind = "quantised" if tensor.is_quantized else f"of layout {tensor.layout}"
         raise TypeError(f"{name} is {kind}; use .dequantize() or .to_dense()")

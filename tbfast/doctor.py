@@ -10,7 +10,8 @@ import re
 from collections.abc import Iterator
 
 from tbfast import __version__
-from tbfast.backends import BACKENDS, get_backend
+from tbfast.backends import BACKENDS, REBUILD, choose, get_backend, has_cuda_kernels
+from tbfast.backends.gpu_checks import check_device
 
 VARIABLES = ("TBFAST_NUM_THREADS", "TBFAST_ISA", "TBFAST_BACKEND")
 
@@ -24,7 +25,8 @@ _OPTIONAL = {
 def diagnose() -> tuple[str, bool]:
     """A report of the installation as text, and whether tbfast can work in it."""
     native, works = _native()
-    lines = [*_versions(), *native, *_backends(), *_optional(), *_environment()]
+    lines = [*_versions(), *native, *_cuda(), *_backends(), _chosen(), *_optional()]
+    lines += _environment()
     width = max(len(label) for label, _ in lines)
     text = "\n".join(f"{label:<{width}}  {value}" for label, value in lines)
     return text, works
@@ -57,11 +59,48 @@ def _native() -> tuple[list[tuple[str, str]], bool]:
             ("threads", str(native.num_threads())),
         ]
     except ImportError as error:
-        remedy = "reinstall tbfast from a wheel, or build it with 'pip install .'"
-        return [("kernels", f"missing ({error}); {remedy}")], False
+        return [("kernels", f"missing ({error}); {REBUILD}")], False
     except (ValueError, RuntimeError) as error:  # an environment variable out of range
         return [("kernels", f"refused: {error}")], False
     return lines, True
+
+
+def _cuda() -> Iterator[tuple[str, str]]:
+    """The CUDA kernels of this installation, and what they could run on."""
+    if not has_cuda_kernels():
+        yield "CUDA kernels", "not in this installation"
+        return
+    try:
+        kernels = importlib.import_module("tbfast._cuda")
+    except ImportError as error:
+        yield "CUDA kernels", f"broken ({error}); {REBUILD}"
+        return
+    yield "CUDA kernels", f"{kernels.targets()} (CUDA {kernels.cuda_version()})"
+    count, reason = kernels.device_count()
+    if count == 0:
+        yield "CUDA devices", f"none: {reason}" if reason else "none"
+    for index in range(count):
+        info = kernels.device(index)
+        label = f"{info['name']}, compute capability {info['major']}.{info['minor']}"
+        try:
+            check_device(info, index)
+        except RuntimeError as error:
+            label = f"{label}; refused: {error}"
+        yield f"cuda:{index}", label
+
+
+def _chosen() -> tuple[str, str]:
+    """What ``backend="auto"`` means for weights on a GPU, and why."""
+    import torch
+
+    name = os.environ.get("TBFAST_BACKEND") or "auto"
+    if name != "auto":
+        return "auto on a GPU", f"{name}, because TBFAST_BACKEND says so"
+    hip, built = torch.version.hip is not None, has_cuda_kernels()
+    why = "this torch is for AMD GPUs" if hip else "this installation has no CUDA kernels"
+    if built and not hip:
+        why = "this installation has CUDA kernels"
+    return "auto on a GPU", f"{choose('cuda', hip, built)}, because {why}"
 
 
 def _backends() -> Iterator[tuple[str, str]]:

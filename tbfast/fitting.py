@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from enum import IntEnum
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -76,6 +76,14 @@ class FitOptions:
             raise ValueError(f"k must be a whole number of at least 2, got {self.k!r}")
         if int(self.bins) != self.bins or self.bins < 1:
             raise ValueError(f"bins must be a whole number of at least 1, got {self.bins!r}")
+
+    def arguments(self) -> dict[str, Any]:
+        """As the compiled fits take them."""
+        return {
+            **asdict(self),
+            "kind": FIT_KINDS.index(self.kind),
+            "max_alpha": MAX_ALPHA,
+        }
 
     def upper_share(self, n: int) -> float:
         """Share of ``n`` eigenvalues, counted from the largest, that the fit looks at.

@@ -1,5 +1,6 @@
 """Every verb of every backend against the reference, and the same bits however it is run."""
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -8,8 +9,10 @@ import numpy as np
 import pytest
 import torch
 
+import tbfast
 from tbfast import _native
 from tbfast.backends import exact, get_backend, native, reference
+from tbfast.batch import Batch
 from tbfast.fitting import FIT_KINDS, FitOptions
 
 # Both in float64; the vector exponential is good to 1e-15 and a distance is at most 1.
@@ -149,7 +152,19 @@ raise SystemExit(os.waitpid(child, 0)[1])
 
 
 @pytest.mark.parametrize("name", ["cuda", "triton"])
-def test_missing_backend_says_what_to_use(name):
+def test_missing_backend_says_what_to_install(name, monkeypatch):
+    # As where the extension has not been built, and where triton is not installed.
+    missing = {"cuda": "tbfast._cuda", "triton": "triton"}[name]
+    for loaded in [m for m in sys.modules if m.startswith(("tbfast.backends.cuda", missing))]:
+        monkeypatch.delitem(sys.modules, loaded)
+    for loaded in [m for m in sys.modules if m.startswith("tbfast.backends.triton")]:
+        monkeypatch.delitem(sys.modules, loaded)
+    monkeypatch.delattr(tbfast, "_cuda", raising=False)
+    find_spec = importlib.util.find_spec
+    monkeypatch.setitem(sys.modules, missing, None)
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == missing else find_spec(name)
+    )
     with pytest.raises(RuntimeError, match=f"backend='{name}' is not available.*use backend="):
         get_backend(name)
 
@@ -260,3 +275,91 @@ def test_small_matrices_of_many_stacks_are_batched_and_given_back():
     for stack, values, expected in zip(stacks, found, reference.eigenvalues(stacks), strict=True):
         assert values.shape == (len(stack) * 20,)
         torch.testing.assert_close(values, expected, rtol=1e-6, atol=0, equal_nan=True)
+
+
+# 1 x n, n x 1, odd, one more than a panel of any kernel, more rows than a slice of 256.
+RAGGED = [(1, 9), (9, 1), (17, 5), (33, 40), (300, 24)]
+# float32 sums; bfloat16 weights take vectors as two parts of 8 bits: 2^-15 of them may be lost.
+PRODUCT_TOLERANCE = dict.fromkeys(DTYPES, 1e-6) | {torch.bfloat16: 3e-5}
+# Over two steps, before rounding is amplified.
+STEP_TOLERANCE = dict.fromkeys(DTYPES, 2e-6) | {torch.bfloat16: 6e-5}
+
+
+@pytest.fixture(params=["native", "cuda", "triton"])
+def engine(request):
+    """Each fast backend: compiled for the CPU, on the emulator, in Triton's interpreter."""
+    if request.param == "cuda":
+        return request.getfixturevalue("cuda")
+    if request.param == "triton":
+        pytest.importorskip("triton")
+    return get_backend(request.param)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_engine_gives_the_products_and_runs_of_the_reference(engine, dtype):
+    weights = [random_stack((1, *shape), dtype)[0] for shape in RAGGED]
+    batch = Batch(weights)
+    starts = [
+        random_stack((s.shape[0], 2, n), torch.float32)
+        for s, n in zip(
+            batch.stacks(),
+            [min(shape) * (2 if dtype.is_complex else 1) for shape in RAGGED],
+            strict=True,
+        )
+    ]
+    pairs = zip(engine.gram_apply(batch, starts), reference.gram_apply(batch, starts), strict=True)
+    for found, expected in pairs:
+        assert (found.double() - expected).norm() <= PRODUCT_TOLERANCE[dtype] * expected.norm()
+    runs, expected = (b.lanczos(batch, 3, 2, seed=9, draw=4) for b in (engine, reference))
+    np.testing.assert_array_equal(runs.taken, expected.taken)
+    scale = expected.diagonal.max(axis=(1, 2), keepdims=True)
+    assert (np.abs(runs.diagonal - expected.diagonal) / scale).max() <= STEP_TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_engine_gives_the_sums_and_factors_of_the_reference(engine, dtype):
+    weights = [random_stack((1, *shape), dtype)[0] for shape in RAGGED]
+    batch = Batch(weights)
+    lines = torch.tensor([w.shape[1] * (2 if dtype.is_complex else 1) for w in weights])
+    lines = torch.repeat_interleave(lines, torch.tensor([len(w) for w in weights]))
+    values = torch.arange(int(lines.sum())).remainder(255).sub(127).to(torch.int8)
+    scales = torch.linspace(0.5, 2, len(lines))
+    rows = torch.arange(0, len(lines), 7)
+    kept = torch.ones(int(lines[rows].sum()))
+    for verb, given in (("dot", (values, scales)), ("drift", (rows, kept))):
+        sums, expected = (getattr(b, verb)(batch, *given) for b in (engine, reference))
+        # Of float64, in another order: relative to the largest, as terms may cancel.
+        for found, right in zip(sums, expected, strict=True):
+            np.testing.assert_allclose(found, right, rtol=0, atol=1e-12 * np.abs(expected).max())
+    options = dict(oversample=2, power_iters=1, seed=5)
+    weight = random_stack((1, 40, 24), dtype)[0]
+    wide = Batch([weight])
+    [(_, s, _, left)] = engine.rsvd(wide, 4, **options)
+    [(_, expected, _, wanted)] = reference.rsvd(wide, 4, **options)
+    precise = dtype in (torch.float64, torch.complex128)
+    np.testing.assert_allclose(s, expected, rtol=1e-10 if precise else 1e-5)
+    assert left == pytest.approx(wanted, rel=1e-10 if precise else 1e-5)
+
+
+@pytest.mark.parametrize("kind", FIT_KINDS)
+def test_every_engine_gives_the_fits_of_the_reference(engine, kind):
+    rng = np.random.default_rng(0)
+    spectra = [np.sort(rng.lognormal(0, s, n)) for n, s in [(1, 1), (2, 1), (33, 1), (70, 2)]]
+    options = FitOptions(kind, k=20)
+    found, expected = engine.fit(spectra, options), reference.fit(spectra, options)
+    np.testing.assert_array_equal(found.start, expected.start)
+    np.testing.assert_allclose(found.alpha, expected.alpha, rtol=1e-10)
+    weights = [random_stack((1, 60, 40), torch.float64, seed)[0] for seed in range(2)]
+    runs = reference.lanczos(Batch(weights), 2, 6)
+    found, expected = (b.quadrature_fit(runs, options) for b in (engine, reference))
+    # Eigensolvers in float64, on the same Jacobi matrices.
+    np.testing.assert_allclose(found.fits.alpha, expected.fits.alpha, rtol=1e-8)
+    np.testing.assert_allclose(found.sketch_error, expected.sketch_error, rtol=1e-6)
+
+
+def test_every_engine_gives_the_eigenvalues_of_the_reference(engine):
+    stacks = [random_stack((2, 20, 12), dtype) for dtype in (torch.float32, torch.complex128)]
+    for found, expected in zip(
+        engine.eigenvalues(stacks), reference.eigenvalues(stacks), strict=True
+    ):
+        torch.testing.assert_close(found.cpu(), expected, rtol=1e-6, atol=0)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
-from typing import Any
 
 import numpy as np
 import torch
@@ -14,7 +12,7 @@ from torch import Tensor
 from tbfast import _native
 from tbfast.backends.exact import eigenvalues
 from tbfast.batch import Batch
-from tbfast.fitting import FIT_KINDS, MAX_ALPHA, FitOptions, FitTable
+from tbfast.fitting import FitOptions, FitTable
 from tbfast.sketching import SketchTable
 from tbfast.tridiagonals import Tridiagonals
 
@@ -28,7 +26,7 @@ def fit(spectra: Sequence[NDArray[np.float64]], options: FitOptions) -> FitTable
     alpha, xmin, ks, start, n_tail, reason = _native.fit(
         np.concatenate([*spectra, np.empty(0)]),
         offsets,
-        **_fit_options(options),
+        **options.arguments(),
         threads=_native.num_threads(),
     )
     return FitTable(alpha, xmin, ks, start, n_tail, reason)
@@ -112,19 +110,10 @@ def quadrature_fit(runs: Tridiagonals, options: FitOptions) -> SketchTable:
         runs.first,
         runs.count,
         eps=runs.eps,
-        **_fit_options(options),
+        **options.arguments(),
         threads=_native.num_threads(),
     )
     return SketchTable(FitTable(*fits), n_zeros, max_eigenvalue, sum_eigenvalues, sketch_error)
-
-
-def _fit_options(options: FitOptions) -> dict[str, Any]:
-    """As the compiled fits take them."""
-    return {
-        **asdict(options),
-        "kind": FIT_KINDS.index(options.kind),
-        "max_alpha": MAX_ALPHA,
-    }
 
 
 def _flat(tensors: Sequence[Tensor]) -> NDArray[np.float32]:
