@@ -53,6 +53,7 @@ void bind_lanczos(pybind11::module_& m);
 void bind_quadrature(pybind11::module_& m);
 void bind_inner(pybind11::module_& m);
 void bind_rsvd(pybind11::module_& m);
+void bind_merge(pybind11::module_& m);
 void bind_gram_bf16(pybind11::module_& m);
 void bind_stream(pybind11::module_& m);
 

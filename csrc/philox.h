@@ -19,19 +19,27 @@ struct Philox {
   uint32_t word[4];
 };
 
+// One round. The key of the next is that of this one plus kPhiloxKey0 and kPhiloxKey1.
+TB_DEVICE inline void philox_round(uint32_t& c0, uint32_t& c1, uint32_t& c2, uint32_t& c3,
+                                   uint32_t k0, uint32_t k1) {
+  const uint64_t p0 = uint64_t(0xD2511F53u) * c0;
+  const uint64_t p1 = uint64_t(0xCD9E8D57u) * c2;
+  c0 = uint32_t(p1 >> 32) ^ c1 ^ k0;
+  c1 = uint32_t(p1);
+  c2 = uint32_t(p0 >> 32) ^ c3 ^ k1;
+  c3 = uint32_t(p0);
+}
+
+constexpr int kPhiloxRounds = 10;
+constexpr uint32_t kPhiloxKey0 = 0x9E3779B9u;  // golden ratio
+constexpr uint32_t kPhiloxKey1 = 0xBB67AE85u;  // sqrt(3) - 1
+
 TB_DEVICE inline Philox philox(uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3, uint32_t k0,
                                uint32_t k1) {
-  for (int round = 0; round < 10; ++round) {
-    const uint64_t p0 = uint64_t(0xD2511F53u) * c0;
-    const uint64_t p1 = uint64_t(0xCD9E8D57u) * c2;
-    const uint32_t next0 = uint32_t(p1 >> 32) ^ c1 ^ k0;
-    const uint32_t next2 = uint32_t(p0 >> 32) ^ c3 ^ k1;
-    c0 = next0;
-    c1 = uint32_t(p1);
-    c2 = next2;
-    c3 = uint32_t(p0);
-    k0 += 0x9E3779B9u;  // golden ratio
-    k1 += 0xBB67AE85u;  // sqrt(3) - 1
+  for (int round = 0; round < kPhiloxRounds; ++round) {
+    philox_round(c0, c1, c2, c3, k0, k1);
+    k0 += kPhiloxKey0;
+    k1 += kPhiloxKey1;
   }
   return {{c0, c1, c2, c3}};
 }

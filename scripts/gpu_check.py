@@ -75,20 +75,25 @@ def steps(options: argparse.Namespace) -> list[Step]:
     python = [sys.executable]
     dry = ["--dry-run"] if options.dry_run else []
     measure = [*python, str(ROOT / "scripts/gpu_measure.py")]
+    # A fault of a kernel ends its process: each backend has processes of its own.
     measured = [
-        Step(title, [[*measure, name, *dry]], prints_rows=True)
-        for title, name in (
+        Step(title, [[*measure, *arguments, *dry]], prints_rows=True)
+        for title, *arguments in (
             ("copy bandwidth", "copy"),
-            ("spectra", "spectra"),
-            ("rsvd", "rsvd"),
+            ("spectra, cuda", "spectra", "--backend=cuda"),
+            ("spectra, triton", "spectra", "--backend=triton"),
+            ("rsvd, cuda", "rsvd", "--backend=cuda"),
+            ("rsvd, triton", "rsvd", "--backend=triton"),
             ("training step", "training"),
         )
     ]
+    tests = [*python, "-m", "pytest", *_pytest_options(), "-m", "gpu", *_gpu_tests()]
     return [
         Step("machine", [[*measure, "machine", *dry]], prints_rows=True),
         _build(options),
         Step("doctor", [[*python, "-m", "tbfast", "doctor"]]),
-        Step("tests", [[*python, "-m", "pytest", *_pytest_options(), "-m", "gpu", *_gpu_tests()]]),
+        Step("tests, cuda and training", [[*tests, "-k", "not triton"]]),
+        Step("tests, triton", [[*tests, "-k", "triton"]]),
         *measured,
         _sanitizer([*measure, "smoke", *dry]),
     ]

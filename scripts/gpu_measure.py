@@ -1,6 +1,7 @@
 """One measurement of scripts/gpu_check.py: prints a line of JSON for each row.
 
-    python scripts/gpu_measure.py {machine,copy,spectra,rsvd,training,smoke} [--dry-run]
+    python scripts/gpu_measure.py {machine,copy,spectra,rsvd,training,smoke} [--backend NAME]
+                                  [--dry-run]
 
 Each runs in a process of its own, so that a kernel that fails takes nothing else with it.
 Contenders take turns, round by round, and every answer is checked before it is timed. A dry run
@@ -38,7 +39,7 @@ _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-3}
 class Setting:
     """Where and how large: a GPU and GPT-2, or, in a dry run, the CPU and next to nothing."""
 
-    def __init__(self, dry_run: bool) -> None:
+    def __init__(self, dry_run: bool, backend: str | None) -> None:
         if not dry_run and not torch.cuda.is_available():
             raise RuntimeError(
                 "torch sees no GPU; use a Python whose torch is built for one, or --dry-run"
@@ -48,7 +49,8 @@ class Setting:
         self.rounds = 2 if dry_run else 20
         self.label = "tiny shapes" if dry_run else "GPT-2 small"
         self.probes, self.steps = (2, 5) if dry_run else (8, 20)
-        self.backends = ("native",) if dry_run else ("cuda", "triton")
+        asked = (backend,) if backend else ("cuda", "triton")
+        self.backends = ("native",) if dry_run else asked
 
     def weights(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """GPT-2 small's matrices from its checkpoint, or random ones of its shapes."""
@@ -247,21 +249,42 @@ def training(setting: Setting) -> Iterator[Row]:
 
 
 def smoke(setting: Setting) -> Iterator[Row]:
-    """Every kernel once on small ragged matrices: what compute-sanitizer watches."""
+    """Every kernel on small ragged matrices of each layout: what compute-sanitizer watches."""
     from tbfast.backends import get_backend
     from tbfast.batch import Batch
     from tbfast.fitting import FitOptions
+    from tbfast.sketching import SketchOptions
 
-    shapes = [(1, 5), (33, 17), (64, 64), (40, 130)]
-    for dtype in (torch.float32, torch.bfloat16):
-        weights = [torch.randn(s, device=setting.device, dtype=dtype) for s in shapes]
+    engine = get_backend(setting.backends[0])
+    shapes = [(1, 5), (33, 17), (64, 64), (40, 130), (1100, 1030)]  # the last: a team of blocks
+    for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64):
+        made = [torch.randn(s, device=setting.device, dtype=dtype) for s in shapes]
+        weights = [*made, made[3].T, made[2][1:, 3:]]
         batch = Batch(weights)
-        engine = get_backend(setting.backends[0])
         runs = engine.lanczos(batch, 2, 4, seed=0)
         fitted = engine.quadrature_fit(runs, FitOptions())
+        for kind in ("median", "ks", "peak", "tail"):
+            engine.fit([spectrum(w) for w in weights], FitOptions(kind, k=3))
+        parts = 2 if dtype.is_complex else 1
+        vectors = [torch.ones(1, 3, parts * min(w.shape), device=setting.device) for w in weights]
+        engine.gram_apply(batch, vectors)
         engine.rsvd(batch, 1, oversample=8, power_iters=1, seed=0)
+        rows = sum(w.shape[0] for w in weights)
+        numbers = parts * sum(w.numel() for w in weights)
+        values = torch.ones(numbers, dtype=torch.int8, device=setting.device)
+        engine.dot(batch, values, torch.ones(rows, device=setting.device))
+        engine.drift(batch, torch.arange(rows), torch.ones(numbers, device=setting.device))
+        if hasattr(engine, "Refresh"):
+            refresh = engine.Refresh(batch, FitOptions(), SketchOptions(2, 4))
+            refresh.start(0)
         setting.wait()
         yield {"smoke": str(dtype), "fitted": int((fitted.fits.reason == 0).sum())}
+
+
+def spectrum(weight: Tensor) -> Any:
+    """Ascending eigenvalues of WᵀW as float64 on the CPU."""
+    wide = weight.cpu().to(torch.complex128 if weight.is_complex() else torch.float64)
+    return torch.linalg.svdvals(wide).square().flip(0).numpy()
 
 
 MEASUREMENTS = {f.__name__: f for f in (machine, copy, spectra, rsvd, training, smoke)}
@@ -270,9 +293,10 @@ MEASUREMENTS = {f.__name__: f for f in (machine, copy, spectra, rsvd, training, 
 def main() -> None:
     parser = argparse.ArgumentParser(description="One measurement of scripts/gpu_check.py.")
     parser.add_argument("measurement", choices=MEASUREMENTS)
+    parser.add_argument("--backend", choices=("cuda", "triton"))
     parser.add_argument("--dry-run", action="store_true")
     options = parser.parse_args()
-    for row in MEASUREMENTS[options.measurement](Setting(options.dry_run)):
+    for row in MEASUREMENTS[options.measurement](Setting(options.dry_run, options.backend)):
         print(json.dumps(row), flush=True)
 
 

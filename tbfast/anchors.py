@@ -20,6 +20,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,8 +30,8 @@ from torch import Tensor
 
 from tbfast.alpha import AlphaFit
 from tbfast.anchored_layer import AnchoredLayer, aligned_runs, flat, kept_rows
-from tbfast.backends import get_backend
-from tbfast.backends.threads import parallel_map
+from tbfast.backends import CPU_BACKENDS, get_backend
+from tbfast.backends.threads import parallel_map, settle
 from tbfast.batch import Batch
 from tbfast.drift_errors import AnchorErrors
 from tbfast.fitting import FitOptions
@@ -143,7 +144,7 @@ class Anchors:
         if self.probes is None:
             raise ValueError("these anchors kept no probes; take them with probes=8, say")
         turned = self._turned(batch)
-        engine = get_backend(self.backend)
+        engine = self._engine(batch)
         runs = engine.lanczos(batch, self.probes, steps)
         now: SketchTable = engine.quadrature_fit(runs, self.options)
         before = engine.quadrature_fit(aligned_runs(self.values, runs), self.options).fits.alpha
@@ -167,14 +168,14 @@ class Anchors:
     def _turned(self, batch: Batch) -> Array:
         """Tangent of the angle that the kept rows have turned by; NaN from 90° on."""
         self._check(batch)
-        moved, along, size = get_backend(self.backend).drift(batch, self.rows, self.kept)
+        moved, along, size = self._engine(batch).drift(batch, self.rows, self.kept)
         with np.errstate(divide="ignore", invalid="ignore"):
             across = np.sqrt(np.maximum(moved * size - along**2, 0))
             return np.where(size + along > 0, across / (size + along), np.nan)
 
     def _slope_of_rows(self, batch: Batch) -> Array:
         """<G, W> / |W| estimated from the kept rows, which are a sample of all."""
-        engine = get_backend(self.backend)
+        engine = self._engine(batch)
         moved, along, size = engine.drift(batch, self.rows, self.directions)
         inner, square = along + size, moved + 2 * along + size
         with np.errstate(divide="ignore", invalid="ignore"):
@@ -183,10 +184,13 @@ class Anchors:
 
     def _slope(self, batch: Batch) -> Array:
         """<G, W> / |W|."""
-        inner, square = get_backend(self.backend).dot(batch, self.gradient, self.scales)
+        inner, square = self._engine(batch).dot(batch, self.gradient, self.scales)
         with np.errstate(divide="ignore", invalid="ignore"):
             slope: Array = inner / np.sqrt(square)
         return slope
+
+    def _engine(self, batch: Batch) -> ModuleType:
+        return get_backend(self.backend, device=batch.device)
 
     def _check(self, batch: Batch) -> None:
         theirs = dict(zip(batch.names, batch.shapes, strict=True))
@@ -239,7 +243,8 @@ def take_anchors(
 ) -> Anchors:
     """Exact alpha of every layer and what it takes to follow it.
 
-    One eigendecomposition per layer in float64, one layer per thread; threads change no bit.
+    One eigendecomposition per layer in float64, on the CPU, one layer per thread; threads change no
+    bit. The backend follows the weights from there, where they are.
 
     Args:
         batch: The weights; not changed.
@@ -259,12 +264,13 @@ def take_anchors(
             "use method='exact'"
         )
     stacks = batch.stacks()
-
+    get_backend(backend, device=batch.device)  # what is missing is said before the work
+    host = backend if backend in CPU_BACKENDS else "native"
     places = [kept_rows(s, key, seed) for s, key in zip(stacks, batch.keys, strict=True)]
 
     def take(layer: int) -> AnchoredLayer:
         kind, rows = batch.kinds[layer], places[layer]
-        parts = AnchoredLayer(stacks[layer], kind, rows, options, backend)
+        parts = AnchoredLayer(stacks[layer].cpu(), kind, rows, options, host)
         if gradient:
             parts.keep_gradient(options)
         if probes:
@@ -275,7 +281,13 @@ def take_anchors(
         short, long = sorted(stacks[layer].shape[1:])
         return float(len(stacks[layer])) * short**2 * (long + 10 * short)
 
+    settle(stacks)
     layers = parallel_map(take, range(len(batch)), cost)
+
+    def beside(part: str, dtype: torch.dtype) -> Tensor:
+        """A part of all layers end to end, where the weights are: every look reads it."""
+        return flat((getattr(layer, part) for layer in layers), dtype).to(batch.device)
+
     totals = np.array([stack.shape[0] * stack.shape[1] for stack in stacks], dtype=np.int64)
     firsts = np.cumsum(totals) - totals
     shares = np.array([len(mine) for mine in places]) / totals
@@ -286,15 +298,13 @@ def take_anchors(
         backend=backend,
         fit=_joined([layer.fit for layer in layers]),
         values=[layer.values for layer in layers],
-        gradient=flat((layer.gradient for layer in layers), torch.int8) if gradient else None,
-        scales=flat((layer.scales for layer in layers), torch.float32) if gradient else None,
+        gradient=beside("gradient", torch.int8) if gradient else None,
+        scales=beside("scales", torch.float32) if gradient else None,
         offset=np.zeros(len(batch)),
         rows=flat((p + int(f) for p, f in zip(places, firsts, strict=True)), torch.int64),
-        kept=flat((layer.kept for layer in layers), torch.float32),
+        kept=beside("kept", torch.float32),
         kept_share=shares,
-        directions=flat((layer.directions for layer in layers), torch.float32)
-        if gradient
-        else None,
+        directions=beside("directions", torch.float32) if gradient else None,
         rows_offset=np.zeros(len(batch)),
         probes=[layer.probes for layer in layers] if probes else None,
         longer=tuple(max(stack.shape[1:]) for stack in stacks),

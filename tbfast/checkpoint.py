@@ -18,6 +18,10 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from tbfast.errors import CheckpointError as CheckpointError  # also from here
+from tbfast.errors import brief
+from tbfast.names import natural
+
 TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 _SUFFIXES = (".safetensors", *TORCH_SUFFIXES)
 
@@ -33,15 +37,6 @@ _MAX_HEADER = 100_000_000
 _Reader = Callable[[str], Tensor]
 
 
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be used: one line with the file, the fault and the remedy."""
-
-    @classmethod
-    def of(cls, file: str | os.PathLike[str], fault: str) -> CheckpointError:
-        """The error ``checkpoint '<file>' <fault>``."""
-        return cls(" ".join(f"checkpoint '{file}' {fault}".split()))
-
-
 class Checkpoint(Mapping[str, Tensor]):
     """Tensors of a checkpoint by name; ``checkpoint[name]`` reads one from the disk.
 
@@ -54,7 +49,7 @@ class Checkpoint(Mapping[str, Tensor]):
     def __init__(self, path: Path, files: dict[str, Path], *, keeps_order: bool) -> None:
         self.path = path
         self.keeps_order = keeps_order
-        names = files if keeps_order else sorted(files, key=_natural)
+        names = files if keeps_order else sorted(files, key=natural)
         self._files = {name: files[name] for name in names}
         self._open: tuple[Path, _Reader] | None = None
         self._mapped = 0
@@ -138,7 +133,7 @@ def _open_index(index: Path) -> Checkpoint:
         entries = {str(name): PurePosixPath(shard) for name, shard in weight_map.items()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError) as error:
         raise CheckpointError.of(
-            index, f"is no index of shards ({_brief(error)}); it needs a 'weight_map' of files"
+            index, f"is no index of shards ({brief(error)}); it needs a 'weight_map' of files"
         ) from error
     held: dict[PurePosixPath, frozenset[str]] = {}
     for name, shard in entries.items():
@@ -176,7 +171,7 @@ def _open_file(file: Path) -> tuple[list[str], _Reader]:
         size = file.stat().st_size
         readable = file.is_file() and os.access(file, os.R_OK)
     except OSError as error:
-        raise CheckpointError.of(file, f"cannot be read ({_brief(error)})") from error
+        raise CheckpointError.of(file, f"cannot be read ({brief(error)})") from error
     if not readable:
         raise CheckpointError.of(file, "is no file that can be read; check its permissions")
     if size == 0:
@@ -189,7 +184,7 @@ def _open_safetensors(file: Path) -> tuple[list[str], _Reader]:
         handle: Any = safe_open(str(file), framework="pt")
         names = list(handle.keys())
     except Exception as error:
-        fault = _safetensors_fault(file) or f"is no valid safetensors file ({_brief(error)})"
+        fault = _safetensors_fault(file) or f"is no valid safetensors file ({brief(error)})"
         raise CheckpointError.of(file, f"{fault}; download or save it again") from error
 
     def read(name: str) -> Tensor:
@@ -197,7 +192,7 @@ def _open_safetensors(file: Path) -> tuple[list[str], _Reader]:
             tensor: Tensor = handle.get_tensor(name)
         except Exception as error:
             raise CheckpointError.of(
-                file, f"has a tensor '{name}' that cannot be read ({_brief(error)})"
+                file, f"has a tensor '{name}' that cannot be read ({brief(error)})"
             ) from error
         return tensor
 
@@ -267,7 +262,7 @@ def _torch_fault(error: Exception) -> str:
     if "TorchScript" in text:
         return "is a TorchScript archive; save model.state_dict() instead"
     return (
-        f"is damaged or no torch.save file of weights ({_brief(error)}); "
+        f"is damaged or no torch.save file of weights ({brief(error)}); "
         "download it again or save model.state_dict()"
     )
 
@@ -284,14 +279,3 @@ def _state_dict(content: Any) -> dict[str, Tensor]:
         for name, value in content.items()
         if isinstance(name, str) and isinstance(value, Tensor)
     }
-
-
-def _natural(name: str) -> str:
-    """Sorts ``layer.2`` before ``layer.10``."""
-    return re.sub(r"\d+", lambda digits: digits[0].zfill(12), name)
-
-
-def _brief(error: BaseException) -> str:
-    """The error in a few words: libraries add paragraphs, some with advice we do not share."""
-    text = str(error).strip().partition("\n")[0][:120]
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tbfast._native import num_threads
-from tbfast.backends import get_backend
+from tbfast.backends import engine_for
 from tbfast.batch import Batch
 from tbfast.lora_layers import LoraWeight, Weight, formed
 from tbfast.matrices import Layer, as_matrices, count_eigenvalues, real_rows
@@ -117,11 +117,15 @@ class Lens:
     def _movement(self, rows: Sequence[int], kept: Sequence[Tensor]) -> tuple[Array, Array, Array]:
         """|W - W₀|², <W - W₀, W₀> and |W₀|² over the kept rows, (len(rows),) each."""
         weights = [self._weights[row] for row in rows]
-        if all(isinstance(w, Tensor) and w.device.type == "cpu" for w in weights):
-            batch, places = self._batch(rows)
-            values = torch.cat([k.flatten() for k in kept])
-            moved, along, size = get_backend(self._options.backend).drift(batch, places, values)
-            return moved, along, size
+        devices = {w.device if isinstance(w, Tensor) else None for w in weights}
+        device = devices.pop() if len(devices) == 1 else None
+        if device is not None:
+            engine, place = engine_for(self._options.backend, device)
+            if place == device:
+                batch, places = self._batch(rows)
+                values = torch.cat([k.flatten() for k in kept])
+                moved, along, size = engine.drift(batch, places, values)
+                return moved, along, size
         sums = [_sums(self._some_rows(row), old) for row, old in zip(rows, kept, strict=True)]
         moved, along, size = np.array(sums).T
         return moved, along, size

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tbfast.backends import get_backend
+from tbfast.backends import engine_for
 from tbfast.batch import Batch
 from tbfast.matrices import as_tensor
 
@@ -78,7 +78,8 @@ def rsvd(
             which costs nothing. More of them make the result more accurate.
         power_iters: Power iterations; more of them help where the spectrum decays slowly.
         seed: Of the random test matrices, from 0 to 2^64 - 1.
-        backend: ``"auto"``, ``"native"`` or ``"reference"``.
+        backend: ``"auto"``, ``"native"``, ``"reference"``, ``"cuda"`` or ``"triton"``. ``"auto"``
+            computes where the first matrix is, and moves the others there.
 
     Returns:
         An :class:`SVD`, or a list of them for a list, in the dtype (float32 for halves) and on
@@ -96,13 +97,14 @@ def rsvd(
             "need rank >= 1, oversample >= 0, power_iters >= 0 and 0 <= seed < 2**64; got "
             f"rank={rank}, oversample={oversample}, power_iters={power_iters}, seed={seed}"
         )
-    engine = get_backend(backend)
     single = isinstance(matrices, (Tensor, np.ndarray))
     items = [matrices] if single else list(matrices)
     given = {f"matrix {row}": as_tensor(item, f"matrix {row}") for row, item in enumerate(items)}
-    on_cpu = {name: _readable(tensor) for name, tensor in given.items()}
-    batch = Batch(on_cpu, ["linear"] * len(on_cpu))
-    for name, tensor in on_cpu.items():
+    device = next(iter(given.values())).device if given else torch.device("cpu")
+    engine, place = engine_for(backend, device)
+    readable = {name: _readable(tensor, place) for name, tensor in given.items()}
+    batch = Batch(readable, ["linear"] * len(readable))
+    for name, tensor in readable.items():
         if tensor.ndim != 2 or rank > min(tensor.shape):
             raise ValueError(_misfit(name, tensor, rank))
     found = engine.rsvd(batch, rank, oversample=oversample, power_iters=power_iters, seed=seed)
@@ -113,11 +115,11 @@ def rsvd(
     return decompositions[0] if single else decompositions
 
 
-def _readable(tensor: Tensor) -> Tensor:
-    """The values in CPU memory, with the conjugations and signs that views only promise."""
+def _readable(tensor: Tensor, place: torch.device) -> Tensor:
+    """The values where the backend reads them, with conjugations and signs that views promise."""
     if tensor.layout != torch.strided or tensor.is_meta:
         return tensor  # which Batch refuses by name
-    return tensor.detach().cpu().resolve_conj().resolve_neg()
+    return tensor.detach().to(place).resolve_conj().resolve_neg()
 
 
 def _misfit(name: str, tensor: Tensor, rank: int) -> str:

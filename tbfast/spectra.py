@@ -1,7 +1,7 @@
 """Spectra of weights: all eigenvalues of WᵀW, or an estimate of how they are distributed.
 
 ``exact``: every eigenvalue, to what the fit needs. ``sketch``: stochastic Lanczos quadrature, a few
-reads of the weights. The engine behind both is ``tbfast.backends.native``.
+reads of the weights. The engine behind both is the backend for the device of the weights.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tbfast.alpha import AlphaFit, described, fit_spectra
-from tbfast.backends import get_backend
+from tbfast.backends import engine_for
 from tbfast.batch import Batch
 from tbfast.fitting import FitOptions
 from tbfast.matrices import MEASURABLE, Kind, as_matrices, as_tensor, eigenvalue_scale
@@ -69,7 +69,8 @@ def eigenvalues(
     Args:
         matrices: Tensor (or array) of shape (rows, cols), or a list of these; float16, bfloat16,
             float32, float64, complex64 or complex128, any strides, any device. Not changed.
-        backend: ``"auto"``, ``"native"`` or ``"reference"``.
+        backend: ``"auto"``, ``"native"``, ``"reference"``, ``"cuda"`` or ``"triton"``. On a GPU,
+            ``"auto"`` computes there, with the libraries that torch brings.
 
     Returns:
         float64 CPU tensor of shape (min(rows, cols),), ascending, non-negative; a list of these
@@ -82,7 +83,7 @@ def eigenvalues(
     single = isinstance(matrices, (Tensor, np.ndarray))
     items = [matrices] if single else list(matrices)
     stacks = [_checked(item, f"matrix {row}").unsqueeze(0) for row, item in enumerate(items)]
-    found: list[Tensor] = get_backend(backend).eigenvalues(stacks)
+    found = _eigenvalues(stacks, [1.0] * len(stacks), backend)
     return found[0] if single else found
 
 
@@ -145,7 +146,7 @@ def _exact(
     shares = [
         options.upper_share(_count(stack)) if filter_zeros is None else 1.0 for stack in stacks
     ]
-    found = get_backend(backend).eigenvalues(stacks, shares)
+    found = _eigenvalues(stacks, shares, backend)
     spectra: list[NDArray[np.float64]] = [
         values.numpy() * eigenvalue_scale(kind)
         for values, (_, _, kind) in zip(found, layers, strict=True)
@@ -167,20 +168,34 @@ def _exact(
     ]
 
 
+def _eigenvalues(stacks: Sequence[Tensor], shares: Sequence[float], backend: str) -> list[Tensor]:
+    """Of each stack, by the backend for the device on which it is."""
+    found: dict[int, Tensor] = {}
+    for device, rows in _by_device(stacks).items():
+        engine, _ = engine_for(backend, device)
+        values = engine.eigenvalues([stacks[row] for row in rows], [shares[row] for row in rows])
+        found.update(zip(rows, values, strict=True))
+    return [found[row] for row in range(len(stacks))]
+
+
 def _sketch(
     layers: Sequence[tuple[str, Tensor, Kind]],
     options: FitOptions,
     sketch: SketchOptions,
     backend: str,
 ) -> list[Measurement]:
-    if not layers:
-        return []
-    weights = {name: weight.detach().cpu() for name, weight, _ in layers}
-    batch = Batch(weights, [kind for _, _, kind in layers])
-    engine = get_backend(backend)
-    runs = engine.lanczos(batch, sketch.probes, sketch.steps, seed=sketch.seed, draw=sketch.draw)
-    counts = [_count(stack) for stack in batch.stacks()]
-    return sketched_measurements(batch.kinds, counts, engine.quadrature_fit(runs, options))
+    found: dict[int, Measurement] = {}
+    for device, rows in _by_device([weight for _, weight, _ in layers]).items():
+        engine, place = engine_for(backend, device)
+        weights = {layers[row][0]: layers[row][1].detach().to(place) for row in rows}
+        batch = Batch(weights, [layers[row][2] for row in rows])
+        runs = engine.lanczos(
+            batch, sketch.probes, sketch.steps, seed=sketch.seed, draw=sketch.draw
+        )
+        counts = [_count(stack) for stack in batch.stacks()]
+        table = engine.quadrature_fit(runs, options)
+        found.update(zip(rows, sketched_measurements(batch.kinds, counts, table), strict=True))
+    return [found[row] for row in range(len(layers))]
 
 
 def sketched_measurements(
@@ -239,6 +254,14 @@ def check_method(method: str) -> None:
     """
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}; got {method!r}")
+
+
+def _by_device(tensors: Sequence[Tensor]) -> dict[torch.device, list[int]]:
+    """Which of the tensors are on each device."""
+    rows: dict[torch.device, list[int]] = {}
+    for row, tensor in enumerate(tensors):
+        rows.setdefault(tensor.device, []).append(row)
+    return rows
 
 
 def _count(stack: Tensor) -> int:

@@ -169,6 +169,15 @@ def test_missing_backend_says_what_to_install(name, monkeypatch):
         get_backend(name)
 
 
+def test_an_old_triton_is_refused_with_the_remedy(monkeypatch):
+    triton = pytest.importorskip("triton")
+    monkeypatch.setattr(triton, "__version__", "3.3.1+rocm")
+    with pytest.raises(
+        RuntimeError, match=r"needs Triton 3\.4 or newer, found 3\.3\.1\+rocm; update"
+    ):
+        get_backend("triton")
+
+
 def test_unknown_backend_is_refused_and_the_environment_is_heard(monkeypatch):
     with pytest.raises(ValueError, match="backend must be one of auto, .* got 'mkl'"):
         get_backend("mkl")

@@ -267,6 +267,40 @@ def test_results_come_from_the_last_launch_that_has_finished(cuda):
     assert refresh.latest()[0] == refresh._draws[0]
 
 
+def test_other_uses_of_a_batch_leave_a_refresh_its_plan(cuda):
+    weights = trained(torch.float32, sizes=((64, 48),))
+    batch = Batch(weights)
+    refresh = cuda.Refresh(batch, FitOptions(), SketchOptions(2, 6))
+    planned = refresh._plan()
+    cuda.lanczos(batch, 3, 5)
+    other = cuda.Refresh(batch, FitOptions("tail", k=5), SketchOptions(2, 6))
+    other.start(0)
+    assert refresh._plan() is planned
+    assert other._plan() is not planned
+
+
+def test_rows_that_took_the_place_of_others_are_not_taken_for_them(cuda):
+    # As when anchors are taken again: the freed tensor's memory is given out once more.
+    weights = {"w": random_matrix((40, 8), torch.float32)}
+    batch = Batch(weights)
+    memory = np.arange(8)
+    cuda.drift(batch, torch.from_numpy(memory), torch.zeros(64))
+    memory += 8
+    found = cuda.drift(batch, torch.from_numpy(memory), torch.zeros(64))
+    np.testing.assert_allclose(found[0], [float(weights["w"][8:16].double().square().sum())])
+
+
+def test_values_of_another_length_are_refused(cuda):
+    weights = {"w": random_matrix((40, 8), torch.float32)}
+    batch, rows = Batch(weights), torch.arange(8)
+    with pytest.raises(ValueError, match=r"values must have 64 elements, got shape \(63,\)"):
+        cuda.drift(batch, rows, torch.zeros(63))
+    with pytest.raises(ValueError, match="values must have 320 elements"):
+        cuda.dot(batch, torch.zeros(319, dtype=torch.int8), torch.ones(40))
+    with pytest.raises(ValueError, match="scales must have 40 elements"):
+        cuda.dot(batch, torch.zeros(320, dtype=torch.int8), torch.ones(41))
+
+
 def test_replays_of_a_graph_take_the_next_draw(cuda):
     weights = trained(torch.float32, sizes=((64, 48),))
     refresh = cuda.Refresh(Batch(weights), FitOptions(), SketchOptions(2, 6, seed=1, draw=5))

@@ -8,11 +8,13 @@ import pytest
 import torch
 
 import tbfast
+from tbfast.anchors import take_anchors
 from tbfast.backends import get_backend, native, reference
 from tbfast.batch import Batch
 from tbfast.fitting import FIT_KINDS, FitOptions
 from tbfast.matrices import real_rows
 from tbfast.sketching import SketchOptions
+from tbfast.spectra import measure
 
 pytestmark = [
     pytest.mark.gpu,
@@ -253,6 +255,42 @@ def test_a_training_on_the_gpu_gets_factors():
     assert all(np.isfinite(factor) for factor in balancer.factors.values())
 
 
+def test_a_training_within_its_budget_follows_the_weights_on_the_gpu():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(*[torch.nn.Linear(96, 96) for _ in range(4)]).to(DEVICE)
+    optimizer = torch.optim.AdamW(model.parameters())
+    balancer = tbfast.attach(optimizer, model, skip_first=False, skip_last=False)
+    for _ in range(60):
+        optimizer.zero_grad()
+        model(torch.randn(16, 96, device=DEVICE)).square().mean().backward()
+        optimizer.step()
+    assert all(np.isfinite(alpha) for alpha in balancer.alphas.values())
+    assert all(np.isfinite(error) for error in balancer.errors.values())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_anchors_on_the_gpu_follow_as_on_the_cpu(backend):
+    weights = trained(3)
+    moved = {name: weight + 0.01 * weight.roll(1, 0) for name, weight in weights.items()}
+    weights_there, moved_there = on_gpu(weights), on_gpu(moved)
+    there = take_anchors(Batch(weights_there), FitOptions(), probes=4, backend=backend)
+    plain = take_anchors(Batch(weights), FitOptions(), probes=4, backend="native")
+    for verb in ("stale", "lin", "aligned"):
+        found = getattr(there, verb)(Batch(moved_there))
+        expected = getattr(plain, verb)(Batch(moved))
+        np.testing.assert_allclose(found.alpha, expected.alpha, rtol=ALPHA_TOLERANCE)
+
+
+def test_layers_on_the_cpu_and_the_gpu_are_measured_together():
+    weights = trained(2)
+    here, there = weights["w0"], weights["w1"].to(DEVICE)
+    for method in ("exact", "sketch"):
+        found = measure([here, there], ["linear"] * 2, FitOptions(), method=method)
+        expected = measure(list(weights.values()), ["linear"] * 2, FitOptions(), method=method)
+        for ours, theirs in zip(found, expected, strict=True):
+            assert ours.fit.alpha == pytest.approx(theirs.fit.alpha, rel=ALPHA_TOLERANCE)
+
+
 SKETCH = SketchOptions(probes=8, steps=20, seed=3)
 
 
@@ -318,12 +356,13 @@ def test_no_more_than_three_launches_are_under_way(training):
     assert training.refresh.start(5)
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 def test_a_refresh_allocates_nothing_and_never_waits(training):
     training.refresh.start(0)
     torch.cuda.synchronize()
     before = torch.cuda.memory_stats()["allocation.all.allocated"]
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        torch.cuda.set_sync_debug_mode("error")
         training.refresh.start(1)
         training.refresh.latest()
     finally:
@@ -333,8 +372,6 @@ def test_a_refresh_allocates_nothing_and_never_waits(training):
 
 def test_replays_of_a_graph_take_the_next_draw_and_see_new_weights(training):
     expected = [training.by_verbs(draw) for draw in (0, 1, 2)]
-    training.refresh.start(0)  # makes the plan: a capture may not
-    torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         rows = training.refresh.capture()

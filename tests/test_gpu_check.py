@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 SCRIPT = Path(__file__).parents[1] / "scripts/gpu_check.py"
-STEPS = ["machine", "build", "doctor", "tests", "copy bandwidth", "spectra", "rsvd"]
+STEPS = ["machine", "build", "doctor", "tests, cuda and training", "tests, triton"]
+STEPS += ["copy bandwidth", "spectra, cuda", "spectra, triton", "rsvd, cuda", "rsvd, triton"]
 STEPS += ["training step", "compute-sanitizer"]
 
 
@@ -46,7 +47,7 @@ def test_a_dry_run_takes_every_step_and_says_where_the_report_is(dry_run):
     taken = [line.removesuffix(" ...") for line in printed.splitlines() if line.endswith(" ...")]
     assert taken == STEPS
     assert [h for h in STEPS if f"\n## {h}: " in markdown] == STEPS
-    assert "## spectra: ok" in markdown
+    assert "## spectra, cuda: ok" in markdown
     assert "gpu-check.md and " in printed.splitlines()[-1]
 
 
@@ -64,6 +65,16 @@ def test_a_dry_run_measures_tbfast_beside_everything_it_is_compared_with(dry_run
         *(("training", c) for c in ("plain", "attach")),
     }
     assert all(float(row["p50_ms"]) > 0 for row in dry_run[2])
+
+
+def test_what_the_sanitizer_watches_runs_for_every_dtype():
+    command = [sys.executable, str(SCRIPT.with_name("gpu_measure.py")), "smoke", "--dry-run"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [row["smoke"] for row in rows] == [
+        f"torch.{name}" for name in ("float16", "bfloat16", "float32", "float64", "complex64")
+    ]
+    assert all(row["fitted"] > 0 for row in rows)
 
 
 def test_the_share_of_the_copy_follows_from_the_bandwidths(dry_run):

@@ -21,6 +21,9 @@
 #define TB_VECTOR_BYTES 16
 #endif
 
+// Memory that no other pointer of the function reaches.
+#define TB_RESTRICT __restrict
+
 namespace tb {
 namespace TB_ISA {
 

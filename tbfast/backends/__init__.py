@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from torch import device as Device
 
 BACKENDS = ("auto", "reference", "native", "cuda", "triton")
+CPU_BACKENDS = ("reference", "native")  # the others read a GPU's memory
+LEAST_TRITON = (3, 4)  # the oldest with which the kernels have been compiled and interpreted
 
 REBUILD = "reinstall tbfast from a wheel, or build it with 'pip install .'"
 # What a backend needs beside tbfast's Python, and how to get it.
@@ -79,11 +81,41 @@ def get_backend(name: str = "auto", *, device: Device | None = None) -> ModuleTy
     if name not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {name!r}")
     try:
+        if name == "triton":
+            _check_triton()
         return importlib.import_module(f"tbfast.backends.{name}")
     except ImportError as error:
         needed, remedy = _NEEDS.get(name, ("tbfast", ""))
         remedy = remedy if importlib.util.find_spec(needed) is None else REBUILD
         raise RuntimeError(f"backend={name!r} is not available: {error}; {remedy}") from error
+
+
+def engine_for(name: str, device: Device) -> tuple[ModuleType, Device]:
+    """The backend for weights on a device, and where they must be for it to read them.
+
+    Args:
+        name: As of :func:`get_backend`.
+        device: Where the weights are.
+
+    Raises:
+        As :func:`get_backend`.
+    """
+    import torch
+
+    engine = get_backend(name, device=device)
+    reads_cpu = engine.__name__.rpartition(".")[2] in CPU_BACKENDS
+    return engine, torch.device("cpu") if reads_cpu else device
+
+
+def _check_triton() -> None:
+    import triton
+
+    if tuple(map(int, triton.__version__.split(".")[:2])) < LEAST_TRITON:
+        least = ".".join(map(str, LEAST_TRITON))
+        raise RuntimeError(
+            f"backend='triton' needs Triton {least} or newer, found {triton.__version__}; "
+            "update torch to 2.8 or newer, which brings it, or use backend='native'"
+        )
 
 
 def _chosen(device: Device) -> str:

@@ -26,7 +26,7 @@ from tbfast.backends.cuda_plans import (
 )
 from tbfast.backends.cuda_refresh import Refresh
 from tbfast.backends.exact_gpu import eigenvalues
-from tbfast.backends.gpu_checks import planning
+from tbfast.backends.gpu_checks import check_length, planning, row_widths
 from tbfast.batch import Batch
 from tbfast.fitting import FitOptions, FitTable
 from tbfast.sketching import SketchTable
@@ -162,11 +162,15 @@ def dot(
     batch: Batch, values: Tensor, scales: Tensor
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Re <G, W> and |W|² of each layer in one read of both; see ``reference.dot``."""
+    described = batch.descriptors()
+    check_length("values", values, int((described[:, 1] * row_widths(described)).sum()))
+    check_length("scales", scales, int(described[:, 1].sum()))
     planned = planned_for(
         batch, "dot", (), lambda described: kernels.DotPlan(described, len(batch))
     )
+    values, scales = _there(batch, values, torch.int8), _there(batch, scales, torch.float32)
     results = torch.empty(len(batch), 2, dtype=torch.float64, device=batch.device)
-    planned.launch(values=values.to(batch.device), scales=scales.to(batch.device), results=results)
+    planned.launch(values=values, scales=scales, results=results)
     inner, square = results.cpu().numpy().T.copy()
     return inner, square
 
@@ -175,16 +179,39 @@ def drift(
     batch: Batch, rows: Tensor, values: Tensor
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
     """How far some rows of each layer have moved; see ``reference.drift``."""
+    described = batch.descriptors()
     planned = planned_for(
         batch,
         "drift",
-        (rows.data_ptr(), len(rows), rows._version),
+        (_Unchanged(rows),),
         lambda described: kernels.DriftPlan(described, len(batch), rows.cpu().numpy()),
     )
+    ends = np.cumsum(described[:, 1])
+    matrices = np.searchsorted(ends, rows.cpu().numpy(), side="right")
+    check_length("values", values, int(row_widths(described)[matrices].sum()))
+    values = _there(batch, values, torch.float32)
     results = torch.empty(len(batch), 3, dtype=torch.float64, device=batch.device)
-    planned.launch(values=values.to(batch.device), results=results)
+    planned.launch(values=values, results=results)
     moved, along, size = results.cpu().numpy().T.copy()
     return moved, along, size
+
+
+class _Unchanged:
+    """Equal to itself for as long as nobody writes to the tensor."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor, self._version = tensor, tensor._version
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, _Unchanged):
+            return NotImplemented
+        return self._tensor is other._tensor and self._version == other._version
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def _there(batch: Batch, values: Tensor, dtype: torch.dtype) -> Tensor:
+    return values.to(batch.device, dtype).contiguous()
 
 
 def _part(memory: Tensor, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

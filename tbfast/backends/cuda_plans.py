@@ -42,6 +42,8 @@ class Planned:
             for name, value in arguments.items()
         }
         with _guard(self.device):
+            if self.device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
+                self.workspace.record_stream(torch.cuda.current_stream(self.device))
             self.plan.launch(
                 workspace=self.workspace.data_ptr(), stream=_stream(self.device), **addresses
             )
@@ -67,29 +69,40 @@ def planned_for(batch: Batch, verb: str, key: tuple[Any, ...], make: Callable[..
         if seen is described and known == key:
             return planned
         del kept[verb]  # its memory is free before that of the next is taken
-    check_on_gpu(batch.device, batch.names, "cuda", kernels.device_type)
-    check_driver(kernels, batch.device.index or 0)
-    check_table(described, batch.names, "cuda")
-    with _guard(batch.device):
-        planned = Planned(make(described), batch.device)
+    planned = make_plan(batch, make)
     kept[verb] = ((described, key), planned)
     return planned
 
 
-def spectral_plan(batch: Batch, probes: int, steps: int, options: FitOptions) -> Planned:
-    return planned_for(
-        batch,
-        "spectral",
-        (probes, steps, options),
-        lambda described: kernels.SpectralPlan(
+def make_plan(batch: Batch, make: Callable[..., Any]) -> Planned:
+    """The plan ``make(descriptors)`` of a batch, if a GPU can run it."""
+    described = batch.descriptors()
+    check_on_gpu(batch.device, batch.names, "cuda", kernels.device_type)
+    check_driver(kernels, batch.device.index or 0)
+    check_table(described, batch.names, "cuda")
+    with _guard(batch.device):
+        return Planned(make(described), batch.device)
+
+
+def spectral(batch: Batch, probes: int, steps: int, options: FitOptions) -> Callable[..., Any]:
+    """Makes the plan of a sketch from descriptors."""
+
+    def make(described: NDArray[np.int64]) -> Any:
+        return kernels.SpectralPlan(
             described,
             batch.keys,
             probes=probes,
             steps=steps,
             memory=_BASIS_BYTES,
             **options.arguments(),
-        ),
-    )
+        )
+
+    return make
+
+
+def spectral_plan(batch: Batch, probes: int, steps: int, options: FitOptions) -> Planned:
+    make = spectral(batch, probes, steps, options)
+    return planned_for(batch, "spectral", (probes, steps, options), make)
 
 
 def fit_table(rows: NDArray[np.float64]) -> FitTable:

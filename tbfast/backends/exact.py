@@ -28,7 +28,7 @@ from torch import Tensor
 
 from tbfast import _native
 from tbfast.backends.rank import least_singular_value_exceeds
-from tbfast.backends.threads import parallel_map
+from tbfast.backends.threads import parallel_map, settle
 from tbfast.precision import (
     AVERAGED_TOLERANCE,
     CERTAINLY_POSITIVE,
@@ -103,6 +103,7 @@ def eigenvalues(stacks: Sequence[Tensor], shares: Sequence[float] | None = None)
 def _compute(stacks: Sequence[Tensor], which: Sequence[int], way: _Way) -> dict[int, Tensor]:
     """Pooled, sorted spectra of the chosen stacks; those that ``way`` gave up on are missing."""
     batches = _batches(stacks, which)
+    settle([batch.matrices for batch in batches])
     results = parallel_map(lambda b: way(b.matrices), batches, lambda b: b.cost)
     parts: dict[int, list[Tensor]] = {i: [] for i in which}
     for batch, values in zip(batches, results, strict=True):

@@ -9,7 +9,8 @@ finite makes the spectrum of its stack NaN. Also runs on CPU tensors, which is h
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -17,7 +18,9 @@ from torch import Tensor
 from tbfast.precision import AVERAGED_TOLERANCE, FULL_TOLERANCE, trusted_from
 
 _EPS = torch.finfo(torch.float64).eps
-_BATCH = 1 << 26  # elements converted to float64 at a time: 512 MiB
+_BATCH = (
+    1 << 25
+)  # elements converted to float64 at a time: 256 MiB, and as much for the Gram matrix
 _ORDINARY = 500  # exponents of the largest entry whose squares float64 holds
 _WIDE = (torch.float64, torch.complex128)
 
@@ -56,7 +59,8 @@ def _compute(stacks: Sequence[Tensor], which: Sequence[int], squares: bool) -> d
         size = max(1, _BATCH // pairs[0][1].numel())
         for start in range(0, len(pairs), size):
             batch = pairs[start : start + size]
-            values = _spectra(torch.stack([matrix for _, matrix in batch]), squares).cpu()
+            with _room(batch[0][1]):
+                values = _spectra(torch.stack([matrix for _, matrix in batch]), squares).cpu()
             for (i, _), row in zip(batch, values, strict=True):
                 parts[i].append(row)
     spectra = {}
@@ -67,6 +71,19 @@ def _compute(stacks: Sequence[Tensor], which: Sequence[int], squares: bool) -> d
     return spectra
 
 
+@contextmanager
+def _room(matrix: Tensor) -> Iterator[None]:
+    """Words for running out of memory."""
+    try:
+        yield
+    except torch.cuda.OutOfMemoryError as error:
+        free, _ = torch.cuda.mem_get_info(matrix.device)
+        raise RuntimeError(
+            f"the exact spectrum of a matrix of shape {tuple(matrix.shape)} does not fit on "
+            f"{matrix.device}, where {free} bytes are free; use method='sketch' or backend='native'"
+        ) from error
+
+
 def _tall(stack: Tensor) -> Tensor:
     stack = stack.detach().resolve_conj()
     return stack if stack.shape[1] >= stack.shape[2] else stack.mT
@@ -74,19 +91,29 @@ def _tall(stack: Tensor) -> Tensor:
 
 def _spectra(matrices: Tensor, squares: bool) -> Tensor:
     """Eigenvalues (count, cols) of WᴴW, W of (count, rows, cols); NaN where W is not finite."""
-    wide = matrices.to(torch.complex128 if matrices.is_complex() else torch.float64)
-    entries = torch.view_as_real(wide) if wide.is_complex() else wide
-    largest = entries.abs().flatten(1).amax(1)
+    kind = torch.complex128 if matrices.is_complex() else torch.float64
+    entries = torch.view_as_real(matrices) if matrices.is_complex() else matrices
+    dims = tuple(range(1, entries.ndim))
+    largest = torch.maximum(entries.amax(dims), -entries.amin(dims)).double()
     finite = torch.isfinite(largest)
     exponents = torch.frexp(largest).exponent.clamp(-1000, 1000).double()
     exponents = exponents.masked_fill((exponents.abs() <= _ORDINARY) | ~finite, 0)
-    # LAPACK would return anything, or not return.
-    safe = torch.where(finite[:, None, None], wide, torch.zeros_like(wide))
-    scaled = safe * torch.exp2(-exponents)[:, None, None]
+    scale = torch.exp2(-exponents)[:, None, None]
+
+    def wide(part: Tensor) -> Tensor:
+        # LAPACK would return anything, or not return, where something is not finite.
+        part = part.to(kind, copy=True).masked_fill_(~finite[:, None, None], 0)
+        return part.mul_(scale)
+
     if squares:
-        values = torch.linalg.eigvalsh(scaled.mH @ scaled)
+        count, _, cols = matrices.shape
+        gram = torch.zeros(count, cols, cols, dtype=kind, device=matrices.device)
+        for panel in torch.split(matrices, max(1, _BATCH // (count * cols)), dim=1):
+            rows = wide(panel)
+            gram.baddbmm_(rows.mH, rows)
+        values = torch.linalg.eigvalsh(gram)
     else:
-        values = torch.linalg.svdvals(scaled).square()
+        values = torch.linalg.svdvals(wide(matrices)).square()
     factors = torch.exp2(exponents)[:, None]  # squared in two steps, not to overflow
     rescaled: Tensor = values * factors * factors
     return rescaled.masked_fill(~finite[:, None], math.nan)

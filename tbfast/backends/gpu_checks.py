@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-# The first generation with asynchronous copies, bfloat16 tensor cores and 163 KiB of shared memory.
+# The first generation with asynchronous copies, bfloat16 tensor cores and 99 KiB of shared memory.
 LEAST_CAPABILITY = (8, 0)
 # Matrices of one batch: the tables of a plan stay below 256 MiB, its offsets within int32.
 MAX_MATRICES = 1 << 20
@@ -81,7 +81,7 @@ def check_driver(driver: Driver, index: int) -> DeviceInfo:
         why = f": {reason}" if reason else ""
         raise RuntimeError(
             f"backend='cuda' found no usable GPU{why}; install or update the NVIDIA driver, "
-            "or use backend='native'"
+            "or use backend='triton' or 'native'"
         )
     if not 0 <= index < count:
         raise RuntimeError(
@@ -103,7 +103,7 @@ def check_device(info: DeviceInfo, index: int) -> None:
         least = ".".join(map(str, LEAST_CAPABILITY))
         raise RuntimeError(
             f"backend='cuda' needs compute capability {least} or higher, but {label} has "
-            f"{info['major']}.{info['minor']}; move the weights to the CPU and use backend='native'"
+            f"{info['major']}.{info['minor']}; use backend='native', which computes on the CPU"
         )
     if not info["cooperative"]:
         raise RuntimeError(
@@ -151,6 +151,22 @@ def check_table(described: NDArray[np.int64], names: Sequence[str], backend: str
             f"{names[layer[row]]!r} begins at address {address[row]:#x}, which is not a multiple "
             f"of its element size of {size[row]} bytes; use .clone()"
         )
+
+
+def check_length(name: str, values: torch.Tensor, wanted: int) -> None:
+    """Refuse values that are not one-dimensional or not as many as the weights call for.
+
+    Raises:
+        ValueError: With the number wanted and found.
+    """
+    if values.shape != (wanted,):
+        raise ValueError(f"{name} must have {wanted} elements, got shape {tuple(values.shape)}")
+
+
+def row_widths(described: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Real numbers in a row of each matrix."""
+    widths: NDArray[np.int64] = described[:, 2] * np.where(described[:, 5] >= 4, 2, 1)
+    return widths
 
 
 @contextmanager

@@ -7,12 +7,13 @@ LAPACK's own threads gain little on one layer and collapse beside another busy p
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier, Lock
 from typing import TypeVar
 
 import torch
+from torch import Tensor
 
 from tbfast import _native
 
@@ -22,6 +23,15 @@ R = TypeVar("R")
 _lock = Lock()
 _pool: ThreadPoolExecutor | None = None
 _pool_key: tuple[int, int] | None = None  # (process, threads) the pool was made for
+
+
+def settle(tensors: Iterable[Tensor]) -> None:
+    """Wait for the current stream of every GPU that holds one of these tensors.
+
+    Before ``parallel_map`` reads them: its threads have streams of their own.
+    """
+    for device in {tensor.device for tensor in tensors if tensor.device.type == "cuda"}:
+        torch.cuda.current_stream(device).synchronize()
 
 
 def parallel_map(task: Callable[[T], R], items: Sequence[T], cost: Callable[[T], float]) -> list[R]:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tbfast.backends.triton_fit_kernels import fit_phases
-from tbfast.backends.triton_launch import INTERPRETED, launch_phases
+from tbfast.backends.triton_launch import INTERPRETED, current_device, launch_phases
 from tbfast.fitting import FIT_KINDS, MAX_ALPHA, FitOptions, FitTable
 
 TILES = {"C": 4096, "CB": 256, "JB": 1024} if INTERPRETED else {"C": 512, "CB": 32, "JB": 32}
@@ -18,7 +18,7 @@ TILES = {"C": 4096, "CB": 256, "JB": 1024} if INTERPRETED else {"C": 512, "CB": 
 
 def fit(spectra: Sequence[NDArray[np.float64]], options: FitOptions) -> FitTable:
     """Fit all spectra on the current GPU; see ``reference_fit.fit``."""
-    device = torch.device("cpu" if INTERPRETED else "cuda")
+    device = current_device()
     sizes = np.array([len(s) for s in spectra], dtype=np.int64)
     values = torch.from_numpy(np.concatenate([*spectra, np.zeros(1)])).to(device)
     starts = np.cumsum(sizes) - sizes

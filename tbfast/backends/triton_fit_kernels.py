@@ -179,6 +179,7 @@ def _conclude(
 ):  # fmt: skip
     alpha, start = tl.load(result), tl.load(result + 3).to(tl.int64)
     reason = tl.load(result + 5).to(tl.int32)
+    tl.debug_barrier()  # all warps have read before one writes
     if (KIND == _KS) | (KIND == _PEAK):
         least = n.to(tl.float64) * 0 + float("inf")
         for block in range(n_blocks):

@@ -7,6 +7,7 @@ launch of its own; results are the same bits.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -39,6 +40,11 @@ def check_readable(batch: Batch) -> None:
         check_on_gpu(batch.device, batch.names, "triton")
 
 
+def current_device() -> torch.device:
+    """Where kernels run that are given nothing on a device yet."""
+    return torch.device("cpu") if INTERPRETED else torch.device("cuda", torch.cuda.current_device())
+
+
 def programs(device: torch.device) -> int:
     """Programs of a launch: as many as certainly run at the same time."""
     if device.type != "cuda":
@@ -49,7 +55,8 @@ def programs(device: torch.device) -> int:
 
 def launch(kernel: Any, device: torch.device, *arguments: Any, **constants: Any) -> None:
     """Puts a kernel of one phase on the current stream."""
-    kernel[(programs(device),)](*arguments, **constants, **_options())
+    with _guard(device):
+        kernel[(programs(device),)](*arguments, **constants, **_options())
 
 
 def launch_phases(
@@ -63,24 +70,23 @@ def launch_phases(
         phases: Their number.
         device: That of the arguments.
     """
-    grid = (programs(device),)
-    if device.type == "cuda" and device not in _refused:
-        try:
-            kernel[grid](
-                0,
-                phases,
-                _counter(device),
-                *arguments,
-                **constants,
-                **_options(),
-                launch_cooperative_grid=True,
-            )
-            return
-        except (RuntimeError, AssertionError):
-            # If there is another cause than the kind of launch, the error comes again below.
-            _refused.add(device)
-    for phase in range(phases):
-        kernel[grid](phase, phase + 1, None, *arguments, **constants, **_options())
+    grid, options = (programs(device),), constants | _options()
+    with _guard(device):
+        if device.type == "cuda" and device not in _refused:
+            together = options | {"launch_cooperative_grid": True}
+            try:
+                kernel[grid](0, phases, _counter(device), *arguments, **together)
+                return
+            except (RuntimeError, AssertionError):
+                # If there is another cause than the kind of launch, the error comes again below.
+                _refused.add(device)
+        for phase in range(phases):
+            kernel[grid](phase, phase + 1, None, *arguments, **options)
+
+
+def _guard(device: torch.device) -> AbstractContextManager[Any]:
+    """Triton launches on the current device, whatever device its arguments are on."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def _options() -> dict[str, Any]:

@@ -158,7 +158,7 @@ def _scatter(values, n, start, tail, spacing, C: tl.constexpr):
     return tl.sum(square) / n.to(tl.float64)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["probes"])  # 1 would be a constant without a dtype
 def sketch_errors(
     fits,  # (layers, replicas, 6) float64: what fit_phases found
     values,

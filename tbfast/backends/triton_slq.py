@@ -8,7 +8,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tbfast.backends.triton_fit import fit_rows, fit_table
-from tbfast.backends.triton_launch import INTERPRETED, launch, launch_phases, programs
+from tbfast.backends.triton_launch import (
+    INTERPRETED,
+    current_device,
+    launch,
+    launch_phases,
+    programs,
+)
 from tbfast.backends.triton_pool import GRID
 from tbfast.backends.triton_quadrature_kernels import quadrature_phases, sketch_errors
 from tbfast.fitting import FitOptions, Reason
@@ -26,7 +32,7 @@ _CHOICE = {"median": 1.0, "tail": 1.0, "ks": 2.5, "peak": 2.5}  # see reference_
 
 def quadrature_fit(runs: Tridiagonals, options: FitOptions) -> SketchTable:
     """Fit all layers on the current GPU; see ``reference_slq.quadrature_fit``."""
-    device = torch.device("cpu" if INTERPRETED else "cuda")
+    device = current_device()
     layers, probes = len(runs.first) - 1, runs.diagonal.shape[1]
     eigenvalues = (
         np.add.reduceat(np.append(runs.count, 0), runs.first[:-1]) if layers else runs.count

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tbfast.backends import triton_plan as plan
-from tbfast.backends.gpu_checks import check_table
+from tbfast.backends.gpu_checks import check_length, check_table
 from tbfast.backends.triton_launch import INTERPRETED, check_readable, launch_phases
 from tbfast.backends.triton_numbers import grid_barrier, load_double
 from tbfast.batch import Batch
@@ -153,8 +153,8 @@ def dot(batch: Batch, values: Tensor, scales: Tensor) -> tuple[Array, Array]:
     first = part * step[matrix]
     last = np.minimum(first + step[matrix], rows[matrix])
     element, row = _starts(rows * width), _starts(rows)
-    _check_length("values", len(values), element[-1])
-    _check_length("scales", len(scales), row[-1])
+    check_length("values", values, int(element[-1]))
+    check_length("scales", scales, int(row[-1]))
     other = element[matrix] + first * width[matrix]
     found = _run(batch, described, matrix, first, last, other, row[matrix] + first, values, scales)
     return found[0], found[1]
@@ -168,7 +168,7 @@ def drift(batch: Batch, rows: Tensor, values: Tensor) -> tuple[Array, Array, Arr
         raise ValueError(f"rows must be ascending, from 0 to {starts[-1] - 1}")
     matrix = np.searchsorted(starts, kept, side="right") - 1
     other = _starts(_width(described)[matrix])
-    _check_length("values", len(values), other[-1])
+    check_length("values", values, int(other[-1]))
     first = kept - starts[matrix]
     found = _run(batch, described, matrix, first, first + 1, other[:-1], first, values, None)
     return found[0], found[1], found[2]
@@ -213,8 +213,8 @@ def _run(
         torch.from_numpy(firsts).to(device),
         len(table),
         layers,
-        others.to(device),
-        None if scales is None else scales.to(device),
+        others.to(device).contiguous(),
+        None if scales is None else scales.to(device, torch.float32).contiguous(),
         torch.empty((len(table), 3), dtype=torch.float64, device=device),
         out,
         **TILES,
@@ -229,8 +229,3 @@ def _width(described: plan.Table) -> plan.Table:
 
 def _starts(sizes: plan.Table) -> plan.Table:
     return np.concatenate([[0], np.cumsum(sizes)])
-
-
-def _check_length(name: str, found: int, wanted: int) -> None:
-    if found != wanted:
-        raise ValueError(f"{name} must have {wanted} elements, got {found}")
