@@ -13,7 +13,7 @@ COVERAGE ?= 90
 NVCC ?=
 # What runs under AddressSanitizer: the tests that enter the compiled kernels.
 SANITIZE_TESTS ?= $(wildcard $(addprefix tests/test_,$(addsuffix .py,alpha anchors backends batch exact \
-    gram_bf16 lanczos quadrature rsvd sketch)))
+    gram_bf16 lanczos merge merge_files merge_headers merge_select quadrature rsvd sketch)))
 
 SANITIZE_ENV = LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so)" \
     PYTHONPATH=$(CURDIR)/build/sanitize/site-packages TBFAST_NUM_THREADS=4 \
@@ -97,8 +97,8 @@ gpu-static: install $(if $(filter pip,$(NVCC)),$(CUDA_TOOLS)/.nvcc) ## compile t
 sanitize: install build/sanitize/.built ## the kernels' tests under AddressSanitizer and UBSan
 	$(call RUN_PYTEST,$(SANITIZE_ENV)) $(abspath $(SANITIZE_TESTS)) --capture=sys
 
-# On a machine with a GPU, by a Python that has torch for CUDA: PYTHON. It builds what it needs.
-gpu-check: $(if $(filter pip,$(NVCC)),$(CUDA_TOOLS)/.nvcc) ## on a GPU: build, test, measure; writes out/gpu-check.md and .csv
+# On a machine with an NVIDIA GPU, by a Python that has torch for CUDA: PYTHON. It builds what it needs.
+gpu-check: $(if $(filter pip,$(NVCC)),$(CUDA_TOOLS)/.nvcc) ## on an NVIDIA GPU: build, test, measure; writes out/gpu-check.md and .csv
 	$(CUDA_ENV) $(PYTHON) scripts/gpu_check.py
 
 clean: ## remove environments, builds and results

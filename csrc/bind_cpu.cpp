@@ -96,6 +96,7 @@ PYBIND11_MODULE(_native, m) {
   tb::bind_inner(m);
   tb::bind_rsvd(m);
   tb::bind_gram_bf16(m);
+  tb::bind_merge(m);
   tb::bind_stream(m);
   m.def("num_threads", &tb::num_threads, "Threads the kernels use.");
   m.def("isa", &tb::isa, "Instruction set in use.");

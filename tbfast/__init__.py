@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from tbfast.groups import param_groups
     from tbfast.instep import attach
     from tbfast.lowrank import SVD, rsvd
+    from tbfast.merging.api import merge_checkpoints, merge_tensors
+    from tbfast.merging.diff import TensorDiff, diff_checkpoints
+    from tbfast.merging.lora import LoraReport, extract_lora, lora_factors
+    from tbfast.merging.report import MergeReport
     from tbfast.rates import lr_factors
     from tbfast.report import LayerSpectrum, Report
     from tbfast.scheduler import TempBalance
@@ -29,15 +33,23 @@ __all__ = [  # noqa: RUF022 - in the order of sorted()
     "Balancer",
     "Comparison",
     "LayerSpectrum",
+    "LoraReport",
+    "MergeReport",
     "Report",
     "SVD",
     "TempBalance",
+    "TensorDiff",
     "analyze",
     "attach",
     "compare",
+    "diff_checkpoints",
     "eigenvalues",
+    "extract_lora",
     "fit_alpha",
+    "lora_factors",
     "lr_factors",
+    "merge_checkpoints",
+    "merge_tensors",
     "param_groups",
     "rsvd",
 ]
@@ -47,15 +59,23 @@ _HOME = {
     "Balancer": "tbfast.balancer",
     "Comparison": "tbfast.compare_report",
     "LayerSpectrum": "tbfast.report",
+    "LoraReport": "tbfast.merging.lora",
+    "MergeReport": "tbfast.merging.report",
     "Report": "tbfast.report",
     "SVD": "tbfast.lowrank",
     "TempBalance": "tbfast.scheduler",
+    "TensorDiff": "tbfast.merging.diff",
     "analyze": "tbfast.analyzer",
     "attach": "tbfast.instep",
     "compare": "tbfast.compare_run",
+    "diff_checkpoints": "tbfast.merging.diff",
     "eigenvalues": "tbfast.spectra",
+    "extract_lora": "tbfast.merging.lora",
     "fit_alpha": "tbfast.alpha",
+    "lora_factors": "tbfast.merging.lora",
     "lr_factors": "tbfast.rates",
+    "merge_checkpoints": "tbfast.merging.api",
+    "merge_tensors": "tbfast.merging.api",
     "param_groups": "tbfast.groups",
     "rsvd": "tbfast.lowrank",
 }

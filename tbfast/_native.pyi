@@ -11,6 +11,32 @@ _Doubles = NDArray[np.float64]
 _Integers = NDArray[np.int64]
 _Bits = NDArray[np.uint16]
 
+class MergeFault(Exception): ...
+
+class Merge:
+    def __init__(
+        self,
+        *,
+        method: int,
+        elements: int,
+        start: int,
+        width: int,
+        type: int,
+        models: Sequence[tuple[int, int, int, int]],
+        base: Sequence[tuple[int, int, int, int]],
+        out: tuple[int, int, int],
+        weights: Sequence[float],
+        bounds: Sequence[int],
+        select: Sequence[int],
+        reselect: Sequence[Sequence[int]],
+        redraw_changed: bool,
+        drop: Sequence[Sequence[int]],
+        density: float,
+        scale: float,
+        t: float,
+        rescale: int,
+    ) -> None: ...
+
 class Table:
     def __init__(self, descriptors: _Integers, names: Sequence[int]) -> None: ...
     def __len__(self) -> int: ...
@@ -18,6 +44,9 @@ class Table:
 def bf16_multiply(
     engine: str, rows: _Bits, pairs: _Bits, sums: _Floats, *, share_rows: bool
 ) -> _Floats: ...
+def differences(
+    tensors: Sequence[Merge], *, threads: int
+) -> list[tuple[list[int], list[int], list[float], int]]: ...
 def dot(
     table: Table, values: NDArray[np.int8], scales: _Floats, *, threads: int
 ) -> tuple[_Doubles, _Doubles]: ...
@@ -53,6 +82,7 @@ def lanczos(
     starts: _Floats | None,
     threads: int,
 ) -> tuple[_Doubles, _Doubles, NDArray[np.int32], _Integers, _Integers, float]: ...
+def merge(merges: Sequence[Merge], *, threads: int) -> list[tuple[list[int], int, int, int]]: ...
 def multiply_adds(flops: int, *, threads: int) -> int: ...
 def num_threads() -> int: ...
 def philox(counter: Sequence[int], key: Sequence[int]) -> list[int]: ...

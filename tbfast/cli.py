@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from tbfast import __version__
 from tbfast.backends import BACKENDS
 from tbfast.compare_cli import add_parser as add_compare
+from tbfast.merging.cli import add_parser as add_merge
 
 if TYPE_CHECKING:
     from tbfast.report import Report
@@ -106,6 +107,7 @@ def _parser() -> argparse.ArgumentParser:
     bench.set_defaults(run=_bench)
 
     add_compare(commands, common)
+    add_merge(commands, common)
 
     doctor = commands.add_parser(
         "doctor",

@@ -28,14 +28,15 @@ bool has_avx2() {
 bool has_avx512() {
   int leaf7[4];
   __cpuidex(leaf7, 7, 0);
-  const int wanted = (1 << 16) | (1 << 17) | static_cast<int>(1u << 31);  // F, DQ, VL
+  const int wanted =
+      (1 << 16) | (1 << 17) | (1 << 30) | static_cast<int>(1u << 31);  // F, DQ, BW, VL
   return has_avx2() && (_xgetbv(0) & 0xe6) == 0xe6 && (leaf7[1] & wanted) == wanted;
 }
 #elif defined(TB_X86)
 bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
 bool has_avx512() {
-  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
-         __builtin_cpu_supports("avx512vl");
+  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
 #endif
 
@@ -47,7 +48,8 @@ bool has_avx512() {
         isa::convert, isa::convert_columns, isa::inner_product, isa::subtract_scaled,         \
         isa::scaled_copy, isa::project_out, isa::skinny_product_f32, isa::skinny_product_f64, \
         isa::square_sum_f32, isa::square_sum_f64, isa::jacobi_sweep, isa::stream_sum,         \
-        isa::fma_chains, isa::fma_flops_per_step                                              \
+        isa::fma_chains, isa::fma_flops_per_step, isa::merge_kernels(),                       \
+        isa::merge_arithmetic_f32(), isa::merge_arithmetic_f64()                              \
   }
 
 const std::vector<Kernels>& available() {

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "cpu/merge_kernels.h"
 #include "ragged.h"
 
 namespace tb {
@@ -158,6 +159,9 @@ struct Kernels {
   decltype(&scalar::stream_sum) stream_sum;
   decltype(&scalar::fma_chains) fma_chains;
   decltype(&scalar::fma_flops_per_step) fma_flops_per_step;
+  const MergeKernels& merge;
+  const MergeArithmetic<float>& merge_f32;
+  const MergeArithmetic<double>& merge_f64;
   GramBf16Apply gram_bf16 = nullptr;  // where the machine multiplies bfloat16
 };
 

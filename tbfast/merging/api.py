@@ -1,0 +1,330 @@
+"""``merge_checkpoints`` and ``merge_tensors``."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tbfast import _native
+from tbfast.errors import CheckpointError
+from tbfast.merging.dtypes import DTYPES, OUTPUT_DTYPES, DType
+from tbfast.merging.inputs import open_source
+from tbfast.merging.jobs import job
+from tbfast.merging.methods import Method, make_method
+from tbfast.merging.plan import Wishes, make_plan, parse_size
+from tbfast.merging.report import MergeReport, Totals
+from tbfast.merging.run import check_output, run
+from tbfast.progress import Progress
+
+PathLike = str | os.PathLike[str]
+Patterns = str | Sequence[str]
+
+_SEEDS = 1 << 64
+_CHOICES = {
+    "tied": ("auto", "untie", "drop"),
+    "on_nan": ("error", "warn", "allow"),
+    "on_missing": ("error", "base", "skip"),
+}
+_WHOLE = ("slerp", "ties")  # which look at all of a tensor
+
+
+def merge_checkpoints(
+    models: Sequence[PathLike],
+    out: PathLike,
+    *,
+    method: str = "select",
+    base: PathLike | None = None,
+    weights: Sequence[float] | None = None,
+    seed: int = 0,
+    resample: str | int = "auto",
+    density: float = 0.5,
+    scale: float = 1.0,
+    t: float = 0.5,
+    rescale: str = "paper",
+    dtype: str | None = None,
+    shard_size: str | int = "5GB",
+    include: Patterns | None = None,
+    exclude: Patterns | None = None,
+    overrides: Sequence[Mapping[str, Any]] = (),
+    tied: str = "auto",
+    on_nan: str = "error",
+    on_missing: str = "error",
+    threads: int | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    dry_run: bool = False,
+    progress: Progress = None,
+) -> MergeReport:
+    """Merge fine-tuned models, from files to files, at about the speed of copying one.
+
+    The same inputs, seed and options give the same bytes, whatever the shards of the inputs, the
+    order of tensors in them, or the number of threads. Memory does not grow with the models.
+
+    Args:
+        models: Two or more ``.safetensors`` files, index files or folders, of one architecture.
+        out: A new ``*.safetensors`` file, or a new folder in the layout of Hugging Face, with the
+            first model's configuration and tokenizer. It appears when it is complete.
+        method: ``"select"``: each scalar parameter from one of the models, drawn by weight (Ju et
+            al. 2024); copies bits, of any dtype. ``"linear"``: weighted average. ``"slerp"``: of
+            two models, by tensor. With a base: ``"task"``: base + scale · Σ weight · (model -
+            base); ``"ties"`` (Yadav et al. 2023); ``"dare_linear"`` and ``"dare_ties"`` (Yu et al.
+            2024). All but the first compute in float32 (float64 where an input is), in the order
+            of the models, and round once.
+        base: The model that the others were tuned from.
+        weights: One for each model; equal ones by default. Made to add up to 1 for ``"select"`` and
+            ``"linear"``.
+        seed: Of the random numbers, from 0 to 2^64 - 1.
+        resample: Of ``"select"``: ``"auto"``: with a base, a draw that equals the base is drawn
+            again among the models that changed it; a number n: up to n further draws among all
+            models; ``"off"``.
+        density: Share of the differences that TIES keeps (the largest of each tensor; all that tie
+            with the least) and DARE (at random).
+        scale: Of the merged differences.
+        t: Of SLERP, 0 for the first model, 1 for the second.
+        rescale: What DARE multiplies the kept differences by: ``"paper"``: 1 / density; ``"l1"``:
+            what restores the L1 norm of the tensor; ``"none"``.
+        dtype: ``"bf16"``, ``"f16"`` or ``"f32"`` for floating tensors; None keeps theirs.
+        shard_size: Most bytes of a file of a folder.
+        include: Globs of names to merge; others are taken from the base, else the first model.
+        exclude: Globs of names not to merge.
+        overrides: Mappings with ``match``, a glob, and any of method, weights, resample, density,
+            scale, t and rescale for tensors of such names; the first that matches counts.
+        tied: Where some models share embedding and head and others do not: ``"auto"``: an error;
+            ``"untie"``: all get a head; ``"drop"``: none.
+        on_nan: ``"error"``, ``"warn"`` or ``"allow"`` for NaN and infinity.
+        on_missing: For tensors that not all models have: ``"error"``; ``"base"``: of the base, for
+            the models without; ``"skip"``: left out.
+        threads: Number of threads; None for ``TBFAST_NUM_THREADS`` or all cores.
+        resume: Go on with what an interrupted run with these options has finished.
+        overwrite: Replace an output that exists.
+        dry_run: Check everything, write nothing.
+        progress: None, True for a bar, or a callable ``(done, total, name)``.
+
+    Raises:
+        CheckpointError: A ValueError: a model is damaged, hostile, or does not fit the others.
+        ValueError: An option is out of range.
+        OSError: The output cannot be written.
+    """
+    if isinstance(models, (str, os.PathLike)) or len(models) < 2:
+        raise ValueError(f"need two or more models, got {models!r}")
+    for name, given in (("tied", tied), ("on_nan", on_nan), ("on_missing", on_missing)):
+        if given not in _CHOICES[name]:
+            raise ValueError(f"{name} must be one of {', '.join(_CHOICES[name])}; got {given!r}")
+    if dtype is not None and dtype not in OUTPUT_DTYPES:
+        raise ValueError(f"dtype must be None or one of {', '.join(OUTPUT_DTYPES)}; got {dtype!r}")
+    _check_seed(seed)
+    if threads is not None and threads < 1:
+        raise ValueError(f"threads must be 1 or more, got {threads}")
+    if on_missing == "base" and base is None:
+        raise ValueError("on_missing='base' needs base=")
+    options: dict[str, Any] = dict(
+        weights=weights, resample=resample, density=density, scale=scale, t=t, rescale=rescale
+    )
+    default = make_method(method, len(models), has_base=base is not None, **options)
+    methods = _methods(default, len(models), base is not None, options, include, exclude, overrides)
+    target = Path(out)
+    is_file = target.suffix == ".safetensors"
+    _check_free(target, overwrite)
+    wishes = Wishes(methods, dtype, parse_size(shard_size), tied, on_missing, is_file)
+    sources = [open_source(path) for path in models]
+    plan = make_plan(sources, open_source(base) if base else None, seed, wishes, default)
+    if dry_run:
+        check_output(plan, target)
+        return MergeReport.of(plan, Totals(len(models)), 0.0)
+    return run(
+        plan,
+        target,
+        is_file=is_file,
+        on_nan=on_nan,
+        threads=threads or _native.num_threads(),
+        resume=resume,
+        progress=progress,
+    )
+
+
+def merge_tensors(
+    tensors: Sequence[Any],
+    *,
+    name: str,
+    method: str = "select",
+    base: Any = None,
+    weights: Sequence[float] | None = None,
+    seed: int = 0,
+    start: int = 0,
+    resample: str | int = "auto",
+    density: float = 0.5,
+    scale: float = 1.0,
+    t: float = 0.5,
+    rescale: str = "paper",
+) -> Any:
+    """Merge tensors in memory, with the draws that files get.
+
+    Args:
+        tensors: CPU tensors of torch, or NumPy arrays, of one shape and dtype.
+        name: Of the tensor: the random numbers belong to it.
+        method: As of :func:`merge_checkpoints`, as are the other options.
+        base: What the tensors were tuned from.
+        weights: One for each tensor.
+        seed: Of the random numbers.
+        start: Place of the first element in the whole tensor: of a slice in row-major order.
+        resample: See :func:`merge_checkpoints`.
+        density: See there.
+        scale: See there.
+        t: See there.
+        rescale: See there.
+
+    Returns:
+        A new tensor or array of that shape and dtype.
+
+    Raises:
+        ValueError: If shapes or dtypes differ, or an option is out of range.
+    """
+    _check_seed(seed)
+    if start < 0:
+        raise ValueError(f"start must be 0 or more, got {start}")
+    chosen = make_method(
+        method,
+        len(tensors),
+        has_base=base is not None,
+        weights=weights,
+        resample=resample,
+        density=density,
+        scale=scale,
+        t=t,
+        rescale=rescale,
+    )
+    if start and (method in _WHOLE or (rescale == "l1" and method.startswith("dare"))):
+        raise ValueError(f"method={method!r} looks at whole tensors; it has no start={start}")
+    needs_base = chosen.needs_base or chosen.resample != "off"
+    arrays = [_bits(item, f"{name}: tensor {i}") for i, item in enumerate(tensors)]
+    old = [_bits(base, f"{name}: base")] if needs_base else []
+    shape, dtype = arrays[0][0].shape, arrays[0][1]
+    for i, (array, kind) in enumerate([*arrays, *old]):
+        if array.shape != shape or kind != dtype:
+            what = "the base" if i == len(arrays) else f"tensor {i}"
+            raise ValueError(
+                f"{name}: {what} has shape {array.shape} and dtype {kind.name}, "
+                f"tensor 0 has {shape} and {dtype.name}"
+            )
+    if method != "select" and not dtype.computes:
+        raise ValueError(f"{name}: method={method!r} does not take {dtype.name}; use 'select'")
+    merged = np.empty(shape, arrays[0][0].dtype)
+    work = job(
+        chosen,
+        name,
+        seed,
+        elements=merged.size,
+        start=start,
+        dtype=dtype,
+        models=[((array.ctypes.data, -1, 0), kind) for array, kind in arrays],
+        base=((old[0][0].ctypes.data, -1, 0), dtype) if old else None,
+        out=(merged.ctypes.data, -1, 0),
+    )
+    _native.merge([work], threads=_native.num_threads())
+    return _like(tensors[0], merged)
+
+
+def _methods(
+    default: Method,
+    models: int,
+    has_base: bool,
+    options: dict[str, Any],
+    include: Patterns | None,
+    exclude: Patterns | None,
+    overrides: Sequence[Mapping[str, Any]],
+) -> tuple[tuple[str, Method | None], ...]:
+    """Patterns and methods, the first that matches counts."""
+    found: list[tuple[str, Method | None]] = [(p, None) for p in _patterns(exclude)]
+    for override in overrides:
+        given = dict(override)
+        pattern = given.pop("match", None)
+        if not isinstance(pattern, str):
+            raise ValueError(f"an override needs match=, a glob of names; got {override!r}")
+        name = given.pop("method", default.name)
+        if unknown := given.keys() - options.keys():
+            raise ValueError(
+                f"unknown option {min(unknown)!r} of the override {pattern!r}; known are method, "
+                f"{', '.join(options)}"
+            )
+        inherited = {**options, "resample": "auto"} if name != default.name else options
+        found.append((pattern, make_method(name, models, has_base=has_base, **inherited | given)))
+    wanted = _patterns(include)
+    found += [(p, default) for p in (wanted if include is not None else ["*"])]
+    return tuple(found)
+
+
+def _patterns(given: Patterns | None) -> list[str]:
+    if given is None:
+        return []
+    return [given] if isinstance(given, str) else list(given)
+
+
+def _check_seed(seed: int) -> None:
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < _SEEDS:
+        raise ValueError(f"seed must be a whole number from 0 to 2^64 - 1, got {seed!r}")
+
+
+def _check_free(out: Path, overwrite: bool) -> None:
+    if out.suffix == ".safetensors" and out.is_dir():
+        raise IsADirectoryError(f"cannot write '{out}': it is a folder; name a file in it")
+    exists = any(out.iterdir()) if out.is_dir() else out.exists()
+    if exists and not overwrite:
+        raise FileExistsError(f"'{out}' exists; choose another output or use overwrite")
+    if exists and out.is_file() and out.suffix != ".safetensors":
+        raise CheckpointError(f"'{out}' is a file, but a folder is to be written; name another")
+
+
+# NumPy's names of what safetensors names otherwise.
+_NUMPY = {
+    "bool": "BOOL",
+    "float16": "F16",
+    "float32": "F32",
+    "float64": "F64",
+    "complex64": "C64",
+    **{
+        f"{kind}int{bits}": f"{kind.upper() or 'I'}{bits}"
+        for kind in ("", "u")
+        for bits in (8, 16, 32, 64)
+    },
+}
+_TORCH = _NUMPY | {"bfloat16": "BF16", "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2"}
+_WORDS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
+
+
+def _bits(given: Any, label: str) -> tuple[np.ndarray[Any, Any], DType]:
+    """The elements as contiguous words, and what they are."""
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(given, torch.Tensor):
+        name = _TORCH.get(str(given.dtype).removeprefix("torch."))
+        if given.device.type != "cpu" or given.layout != torch.strided or name is None:
+            raise ValueError(
+                f"{label} must be a dense CPU tensor, got {given.dtype} on {given.device}"
+            )
+        dtype = DTYPES[name]
+        dense = given.detach().resolve_conj().resolve_neg().contiguous()
+        words = (
+            dense.flatten().view(torch.uint8).numpy() if dense.numel() else np.empty(0, np.uint8)
+        )
+        return words.view(_WORDS[dtype.width]).reshape(tuple(given.shape)), dtype
+    array = np.asarray(given)
+    if array.dtype.name not in _NUMPY:
+        raise ValueError(f"{label} has the dtype {array.dtype}, which cannot be merged")
+    dtype = DTYPES[_NUMPY[array.dtype.name]]
+    return np.ascontiguousarray(array).view(_WORDS[dtype.width]).reshape(array.shape), dtype
+
+
+def _like(given: Any, merged: np.ndarray[Any, Any]) -> Any:
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(given, torch.Tensor):
+        flat = (
+            torch.from_numpy(merged.reshape(-1).view(np.uint8))
+            if merged.size
+            else torch.empty(0, dtype=torch.uint8)
+        )
+        return flat.view(given.dtype).view(given.shape)
+    return merged.view(np.asarray(given).dtype)

@@ -1,0 +1,147 @@
+"""``tbfast merge`` and its recipes."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+import tbfast
+from tbfast.cli import main
+
+
+@pytest.fixture
+def models(tmp_path):
+    rng = np.random.default_rng(0)
+    for name in ("base", "a", "b"):
+        content = {f"w{i}": rng.standard_normal((20, 30)).astype(np.float32) for i in range(3)}
+        save_file(content, tmp_path / f"{name}.safetensors")
+    return tmp_path
+
+
+def paths(models):
+    return [str(models / "a.safetensors"), str(models / "b.safetensors")]
+
+
+def test_a_merge_from_the_command_line_is_that_of_python(models, capsys):
+    base, out = str(models / "base.safetensors"), models / "out.safetensors"
+    options = ["--method", "ties", "--base", base, "--weights", "1,3", "--density", "0.3"]
+    assert main(["merge", *paths(models), "-o", str(out), *options]) == 0
+    tbfast.merge_checkpoints(
+        paths(models),
+        models / "py.safetensors",
+        method="ties",
+        base=base,
+        weights=[1, 3],
+        density=0.3,
+    )
+    assert out.read_bytes() == (models / "py.safetensors").read_bytes()
+    assert "3 tensors, 0.01 MB in 1 files" in capsys.readouterr().out
+
+
+def test_the_report_can_be_read_by_programs(models, capsys):
+    out = str(models / "out")
+    assert main(["merge", *paths(models), "-o", out, "--json", "--seed", "4"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["tensors"] == 3
+    assert sum(report["picked"]) == pytest.approx(1)
+
+
+def test_a_dry_run_writes_nothing_and_says_what_would_be(models, capsys):
+    before = sorted(models.iterdir())
+    assert main(["merge", *paths(models), "-o", str(models / "out"), "--dry-run"]) == 0
+    printed = capsys.readouterr().out
+    assert "would write to" in printed
+    assert "model.safetensors" in printed
+    assert "MB of memory" in printed
+    assert sorted(models.iterdir()) == before
+
+
+def test_quiet_prints_nothing(models, capsys):
+    assert main(["merge", *paths(models), "-o", str(models / "out"), "--quiet"]) == 0
+    assert capsys.readouterr().out == ""
+
+
+RECIPE = {
+    "models": ["a.safetensors", "b.safetensors"],
+    "base": "base.safetensors",
+    "method": "select",
+    "seed": 5,
+    "tensors": [{"match": "w1", "method": "linear", "weights": [1, 0]}],
+}
+
+
+@pytest.mark.parametrize("suffix", ["json", "yaml"])
+def test_a_recipe_holds_the_options_and_the_command_line_wins(models, suffix):
+    file = models / f"recipe.{suffix}"
+    if suffix == "yaml":
+        yaml = pytest.importorskip("yaml")
+        file.write_text(yaml.safe_dump(RECIPE))
+    else:
+        file.write_text(json.dumps(RECIPE))
+    out = models / "out.safetensors"
+    assert main(["merge", "--config", str(file), "-o", str(out), "--seed", "6"]) == 0
+    tbfast.merge_checkpoints(
+        paths(models),
+        models / "py.safetensors",
+        base=models / "base.safetensors",
+        seed=6,
+        overrides=RECIPE["tensors"],
+    )
+    assert out.read_bytes() == (models / "py.safetensors").read_bytes()
+    a = load_file(models / "a.safetensors")
+    np.testing.assert_array_equal(load_file(out)["w1"], a["w1"])
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("r.json", "{", "r.json' is no valid JSON"),
+        ("r.yaml", "a: [", "r.yaml' is no valid YAML"),
+        ("r.json", "[]", "r.json' holds no object of options"),
+        ("r.json", '{"methods": 1}', "has the unknown option 'methods'; known are base,"),
+        ("r.json", "[" * 100_000, "r.json' is nested too deeply"),
+    ],
+)
+def test_recipes_that_are_none_are_refused_in_one_line(models, capsys, name, text, message):
+    pytest.importorskip("yaml")
+    (models / name).write_text(text)
+    arguments = ["merge", *paths(models), "-o", str(models / "out"), "--config", str(models / name)]
+    assert main(arguments) == 1
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_a_yaml_recipe_without_pyyaml_says_what_to_install(models, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "yaml", None)
+    (models / "r.yaml").write_text("seed: 1\n")
+    arguments = [
+        "merge",
+        *paths(models),
+        "-o",
+        str(models / "o"),
+        "--config",
+        str(models / "r.yaml"),
+    ]
+    assert main(arguments) == 1
+    assert "needs PyYAML; 'pip install pyyaml'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments", [["x"], ["x", "y"], ["x", "y", "-o", "z", "--method", "mean"]]
+)
+def test_wrong_usage_ends_with_status_2(arguments, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["merge", *arguments])
+    assert ended.value.code == 2
+    capsys.readouterr()
+
+
+def test_a_failure_is_one_line_and_status_1(models, capsys):
+    assert main(["merge", paths(models)[0], str(models / "none"), "-o", str(models / "out")]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("tbfast: error: checkpoint '")
+    assert "does not exist; check the path" in error
+    assert error.count("\n") == 1
