@@ -55,7 +55,7 @@ demo: install ## low-data Darcy flow and MiniLM's spectra; writes out/
 
 test: install ## all tests against the installed wheel, with coverage
 	$(call RUN_PYTEST) $(CURDIR)/tests \
-	    --cov --cov-config=$(CURDIR)/pyproject.toml --cov-report=term --cov-fail-under=$(COVERAGE)
+	    --cov --cov-config=$(CURDIR)/pyproject.toml --cov-report=term:skip-covered --cov-fail-under=$(COVERAGE)
 
 lint: $(VENV)/.lint build/werror/.built ## ruff, mypy, clang-format and a build with -Werror
 	$(VENV)/$(BIN)/ruff check .

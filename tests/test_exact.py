@@ -261,6 +261,19 @@ def test_where_a_weight_lies_in_memory_does_not_change_a_bit(shape, share):
         assert torch.equal(found, expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.complex128], ids=str)
+@pytest.mark.parametrize("shape", [(15, 15), (40, 33), (100, 63)], ids=str)
+def test_the_place_in_a_batch_does_not_change_a_bit(shape, dtype):
+    weights = [torch.randn(1, *shape, generator=generator(i)).to(dtype) for i in range(7)]
+    weights[2][0, :, 1] = weights[2][0, :, 0]  # rank-deficient: goes the way of singular values
+    weights[5].zero_()[0, 0, 0] = 1
+    together, backwards = exact.eigenvalues(weights), exact.eigenvalues(weights[::-1])[::-1]
+    for weight, one, other in zip(weights, together, backwards, strict=True):
+        (alone,) = exact.eigenvalues([weight])
+        assert torch.equal(one, other)
+        assert torch.equal(one, alone)
+
+
 @pytest.mark.parametrize("seed", [681, 989, 1185, 1918, 2342])
 def test_nearly_decoupled_tridiagonal_matrices_converge(seed):
     # In these a sweep leaves an exact zero for the next one beside it: once 0 / 0.

@@ -1,5 +1,7 @@
 """The Triton backend in the interpreter: products, Lanczos runs and sums against the reference."""
 
+from contextlib import nullcontext
+
 import numpy as np
 import pytest
 import torch
@@ -253,9 +255,9 @@ def test_bad_arguments_are_refused():
     batch = Batch(weights)
     with pytest.raises(ValueError, match="same number of vectors"):
         backend.gram_apply(batch, [torch.ones(1, 2, 3), torch.ones(1, 3, 3)])
-    with pytest.raises(ValueError, match="values must have 27 elements, got 5"):
+    with pytest.raises(ValueError, match=r"values must have 27 elements, got shape \(5,\)"):
         backend.dot(batch, torch.ones(5, dtype=torch.int8), torch.ones(9))
-    with pytest.raises(ValueError, match="scales must have 9 elements, got 2"):
+    with pytest.raises(ValueError, match=r"scales must have 9 elements, got shape \(2,\)"):
         backend.dot(batch, torch.ones(27, dtype=torch.int8), torch.ones(2))
     with pytest.raises(ValueError, match="rows must be ascending, from 0 to 8"):
         backend.drift(batch, torch.tensor([9]), torch.ones(3))
@@ -289,9 +291,12 @@ def test_a_refresh_is_one_cooperative_launch_and_falls_back_to_one_per_phase(mon
     monkeypatch.setattr(triton_launch, "programs", lambda device: 132)
     monkeypatch.setattr(triton_launch, "_counters", {device: torch.zeros(1, dtype=torch.int32)})
     monkeypatch.setattr(triton_launch, "_refused", set())
+    guarded = []
+    monkeypatch.setattr(triton_launch, "_guard", lambda on: guarded.append(on) or nullcontext())
     triton_launch.launch_phases(Kernel(refuses=False), 5, device)
     assert launches == [(0, 5, True, True)]
     launches.clear()
     for _ in range(2):
         triton_launch.launch_phases(Kernel(refuses=True), 2, device)
     assert launches == [(0, 1, False, False), (1, 2, False, False)] * 2
+    assert guarded == [device] * 3

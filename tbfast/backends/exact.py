@@ -43,6 +43,7 @@ _EPS64 = torch.finfo(torch.float64).eps
 _PANEL = 1 << 21  # elements converted at a time: 16 MiB of float64
 _BATCH = 1 << 14  # elements of a batch of small matrices: few enough that every thread gets one
 _BLOCKS = 6  # column blocks of a Gram product: 21 of 36 block products instead of all
+_CACHE_LINE = 64  # bytes
 _SMALL = 256  # columns below which matrices are batched, and blocks and float32 gain nothing
 # Columns from which MKL's solver is faster than ours, whose matrices then leave the cache.
 _LAPACK_ABOVE = {
@@ -196,7 +197,9 @@ def _float64_values(matrices: Tensor) -> Tensor:
 def _singular_values(matrices: Tensor) -> Tensor:
     finite, exponents = _exponents(matrices)
     scaled = _converted(finite, exponents, torch.float64)
-    return _rescaled(torch.linalg.svdvals(scaled).square(), exponents)
+    # One at a time: each is copied to memory of its own, see _padded.
+    values = torch.stack([torch.linalg.svdvals(matrix) for matrix in scaled])
+    return _rescaled(values.square(), exponents)
 
 
 def _exponents(matrices: Tensor) -> tuple[Tensor, Tensor]:
@@ -226,7 +229,8 @@ def _converted(matrices: Tensor, exponents: Tensor, real: torch.dtype) -> Tensor
     """On the CPU, times 2**-exponent, which is exact; the matrices themselves where that is all."""
     converted = matrices.to("cpu", _kind(matrices, real))
     if not bool(exponents.any()):
-        return converted
+        # Copied to a cache line where a weight of that dtype is a slice of a buffer, see _padded.
+        return converted.clone() if converted.data_ptr() % _CACHE_LINE else converted
     return converted * torch.exp2(exponents.nan_to_num(0).neg())[:, None, None].to(real)
 
 
@@ -243,8 +247,8 @@ def _gram(matrices: Tensor, exponents: Tensor, real: torch.dtype) -> Tensor:
     """
     count, rows, cols = matrices.shape
     if cols < _SMALL:
-        panel = _converted(matrices, exponents, real)
-        return panel.mH @ panel
+        panel = _padded(_converted(matrices, exponents, real))
+        return (panel.mH @ panel)[:, :cols, :cols].contiguous()
     edges = [cols * b // _BLOCKS for b in range(_BLOCKS + 1)]
     height = max(1, _PANEL // cols)
     gram = torch.empty(count, cols, cols, dtype=_kind(matrices, real))
@@ -256,6 +260,19 @@ def _gram(matrices: Tensor, exponents: Tensor, real: torch.dtype) -> Tensor:
                 panel[:, :, left:right].mH, panel[:, :, left:], beta=0 if top == 0 else 1
             )
     return gram
+
+
+def _padded(matrices: Tensor) -> Tensor:
+    """A copy with columns of zeros, so that every matrix of the batch begins on a cache line.
+
+    MKL's kernels add in another order where a matrix or its result does not: without this the
+    bits of a small layer would depend on its place in the batch (seen on an AMD EPYC).
+    """
+    count, rows, cols = matrices.shape
+    line = _CACHE_LINE // matrices.element_size()
+    copy = matrices.new_zeros(count, rows, -(-cols // line) * line)
+    copy[:, :, :cols] = matrices
+    return copy
 
 
 def _symmetric_eigenvalues(gram: Tensor) -> Tensor:
