@@ -1,6 +1,8 @@
 // Arithmetic of merging, on blocks of float or double. Compiled once per instruction set, without
 // fused operations, and with the same sums of lanes everywhere: the bits are the same on all.
 #include <cstdint>
+#include <cstring>
+#include <type_traits>
 
 #include "cpu/merge_kernels.h"
 #include "cpu/vec.h"
@@ -32,9 +34,14 @@ void add_scaled(const T* TB_RESTRICT x, T weight, int64_t n, T* TB_RESTRICT sum)
 
 template <typename T>
 void drop(const uint8_t* TB_RESTRICT rank, T factor, int64_t n, T* TB_RESTRICT x) {
+  using Bits = std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>;
   for (int64_t j = 0; j < n; ++j) {
+    // By bits: GCC makes no AVX2 vectors of a choice between numbers by bytes.
     const T kept = x[j] * factor;
-    x[j] = rank[j] == 0 ? kept : T(0);
+    Bits bits;
+    std::memcpy(&bits, &kept, sizeof(T));
+    bits &= static_cast<Bits>(0) - static_cast<Bits>(rank[j] == 0);
+    std::memcpy(&x[j], &bits, sizeof(T));
   }
 }
 
@@ -94,17 +101,28 @@ double magnitudes(const T* x, int64_t n) {
   return sum_of(n, [=](int64_t j) { return static_cast<double>(magnitude(x[j])); });
 }
 
-// The elements from `j` on, one by one.
+// The elements from `j` on.
 template <typename T>
 void tally_rest(const T* x, int64_t j, int64_t n, T low, T high, int64_t* counts, T* kept) {
-  for (; j < n; ++j) {
-    const T size = magnitude(x[j]);
-    counts[0] += size > high ? 1 : 0;
-    counts[1] += size == high ? 1 : 0;
-    counts[2] += size == low ? 1 : 0;
-    kept[counts[3]] = size;
-    counts[3] += (size > low) & (size < high) ? 1 : 0;
+  int32_t above = 0, at_high = 0, at_low = 0, between = 0;  // 32 bits: vectors of as many lanes
+  for (int64_t i = j; i < n; ++i) {
+    const T size = magnitude(x[i]);
+    above += size > high ? 1 : 0;
+    at_high += size == high ? 1 : 0;
+    at_low += size == low ? 1 : 0;
+    between += (size > low) & (size < high) ? 1 : 0;
   }
+  counts[0] += above;
+  counts[1] += at_high;
+  counts[2] += at_low;
+  const int64_t last = counts[3] + between;
+  // Without a branch: each is written, and the next over those that are not wanted.
+  for (int64_t at = counts[3]; at < last; ++j) {
+    const T size = magnitude(x[j]);
+    kept[at] = size;
+    at += (size > low) & (size < high) ? 1 : 0;
+  }
+  counts[3] = last;
 }
 
 #if defined(TB_ISA_AVX512)
@@ -151,19 +169,8 @@ void tally(const T* x, int64_t n, T low, T high, int64_t* counts, T* kept) {
 
 template <typename T>
 void tally(const T* x, int64_t n, T low, T high, int64_t* counts, T* kept) {
-  int32_t above = 0, at_high = 0, at_low = 0, between = 0;
-  for (int64_t j = 0; j < n; ++j) {
-    const T size = magnitude(x[j]);
-    above += size > high ? 1 : 0;
-    at_high += size == high ? 1 : 0;
-    at_low += size == low ? 1 : 0;
-    between += (size > low) & (size < high) ? 1 : 0;
-  }
   counts[0] = counts[1] = counts[2] = counts[3] = 0;
-  if (between > 0) return tally_rest(x, 0, n, low, high, counts, kept);
-  counts[0] = above;
-  counts[1] = at_high;
-  counts[2] = at_low;
+  tally_rest(x, 0, n, low, high, counts, kept);
 }
 
 #endif

@@ -189,16 +189,18 @@ const MergeArithmetic<double>& arithmetic(const Kernels& isa) {
 }
 
 void ChunkInputs::load(const Merge& what, int64_t tensor, int64_t first, int64_t count) {
-  bytes_.resize(what.input_count());
-  for (size_t i = 0; i < bytes_.size(); ++i) {
+  begins_.resize(what.input_count());
+  bytes_.resize(std::max(bytes_.size(), begins_.size()));
+  for (size_t i = 0; i < begins_.size(); ++i) {
     const Input& from = what.input(i);
     const int64_t size = bytes_of(from.type, what.width);
+    begins_[i] = from.place.memory + first * size;
+    const bool is_aligned =
+        reinterpret_cast<uintptr_t>(begins_[i]) % static_cast<uintptr_t>(size) == 0;
+    if (from.place.memory != nullptr && is_aligned) continue;
     if (bytes_[i].empty()) bytes_[i].resize(static_cast<size_t>(kChunk * 8));
-    const int code = read_at(from.place, first * size, count * size, bytes_[i].data());
-    if (code == kEndOfFile) {
-      throw MergeFault("file ends early", tensor, static_cast<int64_t>(i), 0);
-    }
-    if (code != 0) throw MergeFault("cannot read", tensor, static_cast<int64_t>(i), code);
+    read_input(what, tensor, i, first * size, count * size, bytes_[i].data());
+    begins_[i] = bytes_[i].data();
   }
 }
 

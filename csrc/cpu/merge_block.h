@@ -20,15 +20,16 @@ struct Whole {
   std::vector<double> weight;     // SLERP and linear: what each model is multiplied by
 };
 
-// The bytes of a chunk of every input.
+// The bytes of a chunk of every input: read, or where they are if that is in memory.
 class ChunkInputs {
  public:
   // Throws MergeFault.
   void load(const Merge& what, int64_t tensor, int64_t first, int64_t count);
-  const char* input(size_t i) const { return bytes_[i].data(); }
+  const char* input(size_t i) const { return begins_[i]; }
 
  private:
-  std::vector<std::vector<char>> bytes_;  // the models, then the base
+  std::vector<const char*> begins_;  // of the models, then of the base
+  std::vector<std::vector<char>> bytes_;
 };
 
 // The chunk's differences to the base, as numbers, block by block.

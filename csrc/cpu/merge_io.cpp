@@ -105,4 +105,12 @@ int write_at(const Place& place, int64_t at, int64_t bytes, const char* from) {
   return 0;
 }
 
+void read_input(const Merge& what, int64_t tensor, size_t input, int64_t from, int64_t bytes,
+                char* to) {
+  const auto number = static_cast<int64_t>(input);
+  const int code = read_at(what.input(input).place, from, bytes, to);
+  if (code == kEndOfFile) throw MergeFault("file ends early", tensor, number, 0);
+  if (code != 0) throw MergeFault("cannot read", tensor, number, code);
+}
+
 }  // namespace tb

@@ -10,7 +10,7 @@
 namespace tb {
 
 constexpr int64_t kBlock =
-    1 << 12;  // elements that are merged at a time: their floats stay in cache
+    1 << 11;  // elements that are merged at a time: their floats stay in cache
 
 // Random numbers below 2^32 of a block of elements, as far as they decide between bounds: of most
 // elements the first byte does, the others get three more.

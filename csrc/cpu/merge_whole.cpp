@@ -81,6 +81,12 @@ std::vector<double> slerp_weights(double t, const std::vector<double>& sums) {
 
 }  // namespace
 
+bool looks_at_all(const Merge& what) {
+  const bool is_dare = what.method == Method::dare_linear || what.method == Method::dare_ties;
+  return what.method == Method::slerp || what.method == Method::ties ||
+         (is_dare && what.rescale == Rescale::l1);
+}
+
 Whole examine(const Merge& what, int64_t tensor, const Kernels& isa, int threads) {
   Whole whole;
   const bool wide = needs_double(what);

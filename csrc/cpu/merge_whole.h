@@ -9,6 +9,9 @@
 
 namespace tb {
 
+// Whether a method reads a tensor before it merges any of it.
+bool looks_at_all(const Merge& what);
+
 // Reads the tensor where the method needs it: SLERP and DARE with the L1 norm once, TIES twice, a
 // large tensor of many equal differences perhaps more often.
 Whole examine(const Merge& what, int64_t tensor, const Kernels& isa, int threads);
