@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 MODEL = Path("build/data/minilm")
 SHOTS, BATCH = 8, 16
+LENGTH = 24  # tokens kept of each text
 
 encoder_of = lru_cache(maxsize=1)(load_encoder)
 docstrings = lru_cache(maxsize=1)(read_docstrings)
@@ -63,6 +64,54 @@ class Classifier(nn.Module):
         return self.head(self.encoder(ids, mask))
 
 
+def adamw(model: Classifier, rate: float) -> torch.optim.AdamW:
+    """The encoder's blocks learn at the rate, the head at ten times it."""
+    trained = [p for p in model.encoder.parameters() if p.requires_grad]
+    groups = [{"params": trained}, {"params": model.head.parameters(), "lr": 10 * rate}]
+    return torch.optim.AdamW(groups, lr=rate, weight_decay=0.01)
+
+
+def fit(
+    model: Classifier,
+    optimizer: torch.optim.Optimizer,
+    tokenizer: WordPiece,
+    training: list[Example],
+    *,
+    epochs: int,
+    length: int = LENGTH,
+    order: torch.Generator | None = None,
+) -> None:
+    """Fine-tune in place; batches are drawn anew each epoch, with ``order`` if it is given."""
+    steps = epochs * -(-len(training) // BATCH)
+    # A tenth of the steps rises, the rest falls to zero.
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min(1.0, 10 * (step + 1) / steps) * (1 - step / steps)
+    )
+    ids, mask = tokenizer([text for text, _ in training], length)
+    targets = torch.tensor([target for _, target in training])
+    model.train()
+    for _ in range(epochs):
+        for batch in torch.randperm(len(training), generator=order).split(BATCH):
+            loss = F.cross_entropy(model(ids[batch], mask[batch]), targets[batch])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+
+
+@torch.no_grad()
+def predict(
+    model: Classifier, tokenizer: WordPiece, examples: list[Example], length: int = LENGTH
+) -> tuple[Tensor, Tensor]:
+    """Logits without dropout, (texts, classes), and the right answers, (texts,)."""
+    model.eval()
+    logits = []
+    for start in range(0, len(examples), 64):
+        texts = [text for text, _ in examples[start : start + 64]]
+        logits.append(model(*tokenizer(texts, length)))
+    return torch.cat(logits), torch.tensor([answer for _, answer in examples])
+
+
 def train(
     make_optimizer: Any,
     *,
@@ -72,7 +121,7 @@ def train(
     shots: int = SHOTS,
     epochs: int = 5,
     folder: Path = MODEL,
-    length: int = 24,
+    length: int = LENGTH,
 ) -> dict[str, float]:
     """Shares of validation and test texts that get the wrong label, 0 to 1.
 
@@ -92,33 +141,12 @@ def train(
     tokenizer = WordPiece(folder / "vocab.txt")
     torch.manual_seed(seed)
     model = Classifier(deepcopy(encoder_of(folder)), len(labels))
-    trained = [p for p in model.encoder.parameters() if p.requires_grad]
-    groups = [{"params": trained}, {"params": model.head.parameters(), "lr": 10 * rate}]
-    optimizer = torch.optim.AdamW(groups, lr=rate, weight_decay=0.01)
+    optimizer = adamw(model, rate)
     make_optimizer.attach(optimizer, model)
-    steps = epochs * -(-len(training) // BATCH)
-    # A tenth of the steps rises, the rest falls to zero.
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min(1.0, 10 * (step + 1) / steps) * (1 - step / steps)
-    )
-    ids, mask = tokenizer([text for text, _ in training], length)
-    targets = torch.tensor([target for _, target in training])
-    for _ in range(epochs):
-        for batch in torch.randperm(len(training)).split(BATCH):
-            loss = F.cross_entropy(model(ids[batch], mask[batch]), targets[batch])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-    model.eval()
+    fit(model, optimizer, tokenizer, training, epochs=epochs, length=length)
 
-    @torch.no_grad()
     def error(examples: list[Example]) -> float:
-        wrong = 0
-        for start in range(0, len(examples), 64):
-            texts, answers = zip(*examples[start : start + 64], strict=True)
-            found = model(*tokenizer(list(texts), length)).argmax(1)
-            wrong += int((found != torch.tensor(answers)).sum())
-        return wrong / len(examples)
+        logits, answers = predict(model, tokenizer, examples, length)
+        return int((logits.argmax(1) != answers).sum()) / len(examples)
 
     return {"validation": error(validation), "test": error(test)}
