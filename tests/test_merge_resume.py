@@ -184,6 +184,64 @@ def test_a_folder_without_permission_is_refused_in_words(models, monkeypatch):
         tbfast.merge_checkpoints(inputs(models), models / "out")
 
 
+def test_a_folder_that_cannot_be_written_is_refused_by_name(models, tmp_path_factory):
+    place = tmp_path_factory.mktemp("read only")
+    if os.geteuid() == 0:  # may write where permissions forbid it, but not where the system does
+        mount = ["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", str(place)]
+        if subprocess.run(mount, capture_output=True, check=False).returncode:
+            pytest.skip("no right to mount a read-only folder")
+    else:
+        place.chmod(0o555)
+    try:
+        with pytest.raises(
+            PermissionError, match=r"cannot write '.*out': .*; choose another place"
+        ):
+            tbfast.merge_checkpoints(inputs(models), place / "out")
+        assert not list(place.iterdir())
+    finally:
+        if os.geteuid() == 0:
+            subprocess.run(["umount", str(place)], check=True)
+
+
+def test_a_folder_that_turns_read_only_meanwhile_leaves_finished_files(models, monkeypatch):
+    opened, count = os.open, 0
+
+    def denied(path, flags, *arguments, **options):
+        nonlocal count
+        count += str(path).endswith(".part")
+        if count > 2:
+            raise OSError(errno.EROFS, "Read-only file system", str(path))
+        return opened(path, flags, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", denied)
+        with pytest.raises(PermissionError, match=r"cannot write '.*out': Read-only file system;"):
+            tbfast.merge_checkpoints(inputs(models), models / "out", shard_size=SHARD)
+    assert not (models / "out").exists()
+    finished = list((models / ".out.merging").glob("model-*.safetensors"))
+    assert len(finished) == 2
+    tbfast.merge_checkpoints(inputs(models), models / "out", shard_size=SHARD, resume=True)
+    tbfast.merge_checkpoints(inputs(models), models / "whole", shard_size=SHARD)
+    assert weights(models / "out") == weights(models / "whole")
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="nothing is reserved here")
+@pytest.mark.parametrize("code", [errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS, errno.ENOSPC])
+def test_a_file_system_that_cannot_reserve_room_is_written_all_the_same(models, monkeypatch, code):
+    def refuse(*arguments):
+        raise OSError(code, os.strerror(code))
+
+    tbfast.merge_checkpoints(inputs(models), models / "whole", shard_size=SHARD)
+    monkeypatch.setattr(os, "posix_fallocate", refuse)
+    if code == errno.ENOSPC:
+        with pytest.raises(OSError, match="no space left"):
+            tbfast.merge_checkpoints(inputs(models), models / "out", shard_size=SHARD)
+        assert not (models / "out").exists()
+    else:
+        tbfast.merge_checkpoints(inputs(models), models / "out", shard_size=SHARD)
+        assert weights(models / "out") == weights(models / "whole")
+
+
 def test_an_interrupted_merge_can_be_resumed(models):
     class StopError(Exception):
         pass

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,8 @@ from tbfast.merging.dtypes import DTYPES, OUTPUT_DTYPES, DType
 from tbfast.merging.inputs import open_source
 from tbfast.merging.jobs import job
 from tbfast.merging.methods import Method, make_method
-from tbfast.merging.plan import Wishes, make_plan, parse_size
+from tbfast.merging.plan import Plan, Wishes, make_plan, parse_size
+from tbfast.merging.ranks import Ranks, meeting
 from tbfast.merging.report import MergeReport, Totals
 from tbfast.merging.run import check_output, run
 from tbfast.progress import Progress
@@ -30,7 +33,6 @@ _CHOICES = {
     "on_nan": ("error", "warn", "allow"),
     "on_missing": ("error", "base", "skip"),
 }
-_WHOLE = ("slerp", "ties")  # which look at all of a tensor
 
 
 def merge_checkpoints(
@@ -59,11 +61,16 @@ def merge_checkpoints(
     overwrite: bool = False,
     dry_run: bool = False,
     progress: Progress = None,
+    distributed: bool = True,
 ) -> MergeReport:
     """Merge fine-tuned models, from files to files, at about the speed of copying one.
 
     The same inputs, seed and options give the same bytes, whatever the shards of the inputs, the
     order of tensors in them, or the number of threads. Memory does not grow with the models.
+
+    Under ``torchrun``, or where ``torch.distributed`` is initialized, every process has to call
+    this, with the same arguments and an output that all share. Each writes some of the files, so
+    ``shard_size`` bounds how many can help; a single file is written by one. All get the report.
 
     Args:
         models: Two or more ``.safetensors`` files, index files or folders, of one architecture.
@@ -99,16 +106,20 @@ def merge_checkpoints(
         on_nan: ``"error"``, ``"warn"`` or ``"allow"`` for NaN and infinity.
         on_missing: For tensors that not all models have: ``"error"``; ``"base"``: of the base, for
             the models without; ``"skip"``: left out.
-        threads: Number of threads; None for ``TBFAST_NUM_THREADS`` or all cores.
+        threads: Number of threads; None for ``TBFAST_NUM_THREADS`` or all cores, which processes
+            of one machine share.
         resume: Go on with what an interrupted run with these options has finished.
         overwrite: Replace an output that exists.
         dry_run: Check everything, write nothing.
-        progress: None, True for a bar, or a callable ``(done, total, name)``.
+        progress: None, True for a bar, or a callable ``(done, total, name)``; of the first process.
+        distributed: False merges in this process alone, wherever it runs.
 
     Raises:
         CheckpointError: A ValueError: a model is damaged, hostile, or does not fit the others.
         ValueError: An option is out of range.
         OSError: The output cannot be written.
+        RuntimeError: Another merge writes the output; or, of several processes, one has ended, did
+            not come, or was called otherwise. Where one fails, all raise, naming it.
     """
     if isinstance(models, (str, os.PathLike)) or len(models) < 2:
         raise ValueError(f"need two or more models, got {models!r}")
@@ -126,25 +137,34 @@ def merge_checkpoints(
         weights=weights, resample=resample, density=density, scale=scale, t=t, rescale=rescale
     )
     default = make_method(method, len(models), has_base=base is not None, **options)
+    _warn_of_repeats(models, base)
     methods = _methods(default, len(models), base is not None, options, include, exclude, overrides)
     target = Path(out)
     is_file = target.suffix == ".safetensors"
-    _check_free(target, overwrite)
     wishes = Wishes(methods, dtype, parse_size(shard_size), tied, on_missing, is_file)
-    sources = [open_source(path) for path in models]
-    plan = make_plan(sources, open_source(base) if base else None, seed, wishes, default)
-    if dry_run:
+
+    def planned() -> Plan:
+        _check_free(target, overwrite)
+        sources = [open_source(path) for path in models]
+        plan = make_plan(sources, open_source(base) if base else None, seed, wishes, default)
         check_output(plan, target)
-        return MergeReport.of(plan, Totals(len(models)), 0.0)
-    return run(
-        plan,
-        target,
-        is_file=is_file,
-        on_nan=on_nan,
-        threads=threads or _native.num_threads(),
-        resume=resume,
-        progress=progress,
-    )
+        return plan
+
+    with meeting() if distributed else nullcontext(Ranks()) as ranks:
+        workers = threads or ranks.threads()
+        plan = ranks.same(planned, lambda p: f"{p.digest()} {target} {on_nan} {resume} {dry_run}")
+        if dry_run:
+            return MergeReport.of(plan, Totals(len(models)), 0.0, workers)
+        return run(
+            plan,
+            ranks,
+            target,
+            is_file=is_file,
+            on_nan=on_nan,
+            threads=workers,
+            resume=resume,
+            progress=progress,
+        )
 
 
 def merge_tensors(
@@ -198,7 +218,7 @@ def merge_tensors(
         t=t,
         rescale=rescale,
     )
-    if start and (method in _WHOLE or (rescale == "l1" and method.startswith("dare"))):
+    if start and chosen.looks_at_all:
         raise ValueError(f"method={method!r} looks at whole tensors; it has no start={start}")
     needs_base = chosen.needs_base or chosen.resample != "off"
     arrays = [_bits(item, f"{name}: tensor {i}") for i, item in enumerate(tensors)]
@@ -267,6 +287,15 @@ def _patterns(given: Patterns | None) -> list[str]:
 def _check_seed(seed: int) -> None:
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < _SEEDS:
         raise ValueError(f"seed must be a whole number from 0 to 2^64 - 1, got {seed!r}")
+
+
+def _warn_of_repeats(models: Sequence[PathLike], base: PathLike | None) -> None:
+    seen = {os.path.realpath(base): "is the base itself"} if base is not None else {}
+    for path in models:
+        real = os.path.realpath(path)
+        if real in seen:
+            warnings.warn(f"model '{path}' {seen[real]}; is it meant to be?", stacklevel=3)
+        seen[real] = "is there twice"
 
 
 def _check_free(out: Path, overwrite: bool) -> None:

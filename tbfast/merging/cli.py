@@ -151,6 +151,7 @@ def run_extract(options: argparse.Namespace) -> int:
 def run(options: argparse.Namespace) -> int:
     """Merge; returns the exit status."""
     from tbfast.merging.api import merge_checkpoints
+    from tbfast.merging.ranks import world
     from tbfast.merging.recipe import read_recipe
 
     given = read_recipe(Path(options.config)) if options.config else {}
@@ -164,6 +165,8 @@ def run(options: argparse.Namespace) -> int:
         options.usage_error("name two or more models and, with -o, the output")
     progress = sys.stderr.isatty() and not options.quiet
     report = merge_checkpoints(models, out, progress=progress, **given)
+    if world()[0] > 0:  # the first process speaks for all
+        return 0
     if options.json:
         print(json.dumps(report.to_dict(), indent=2))
     elif not options.quiet:

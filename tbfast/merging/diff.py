@@ -5,15 +5,13 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterable, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from tbfast import _native
 from tbfast.errors import CheckpointError
 from tbfast.merging.inputs import Source, open_source
-from tbfast.merging.jobs import at, faults, job
+from tbfast.merging.jobs import at, descriptors, faults, job
 from tbfast.merging.methods import MOST_MODELS, copying, make_method
 from tbfast.names import natural
 from tbfast.progress import Progress, ticking
@@ -88,15 +86,7 @@ def diff_checkpoints(
     sources = [open_source(path) for path in [*models, base]]
     names = set.intersection(*(set(source.entries) for source in sources))
     found = []
-    with ExitStack() as stack, ticking(progress, "comparing", len(names)) as tick:
-        opened: dict[Path, int] = {}
-
-        def descriptor(file: Path) -> int:
-            if file not in opened:
-                opened[file] = os.open(file, os.O_RDONLY | getattr(os, "O_BINARY", 0))
-                stack.callback(os.close, opened[file])
-            return opened[file]
-
+    with descriptors() as descriptor, ticking(progress, "comparing", len(names)) as tick:
         for done, name in enumerate(sorted(names, key=natural), 1):
             found.append(_difference(name, sources, descriptor, threads or _native.num_threads()))
             tick(done, len(names), name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -99,7 +100,18 @@ def _open_index(index: Path, path: Path) -> Source:
             index, f"is no index of shards ({brief(error)}); it needs a 'weight_map' of files"
         ) from error
     files = [_inside(index, shard) for shard in sorted(set(shards.values()))]
-    return _source(path, files, {name: index.parent / shard for name, shard in shards.items()})
+    source = _source(path, files, {name: index.parent / shard for name, shard in shards.items()})
+    _check_total(index, content.get("metadata"), source)
+    return source
+
+
+def _check_total(index: Path, metadata: Any, source: Source) -> None:
+    """Warn of a wrong sum: the tensors are all there, but who wrote it meant others."""
+    stated = metadata.get("total_size") if isinstance(metadata, dict) else None
+    total = sum(entry.bytes for entry in source.entries.values())
+    if stated is not None and stated != total:
+        message = f"gives its tensors {stated!r:.40} bytes, but they have {total}; is one missing?"
+        warnings.warn(str(CheckpointError.of(index, message)), stacklevel=2)
 
 
 def _inside(index: Path, shard: str) -> Path:

@@ -74,6 +74,23 @@ def at(entry: Entry, descriptor: Callable[[Path], int]) -> tuple[Place, DType]:
 
 
 @contextmanager
+def descriptors() -> Iterator[Callable[[Path], int]]:
+    """Opens files for reading when they are first asked for; closes all at the end."""
+    opened: dict[Path, int] = {}
+
+    def descriptor(file: Path) -> int:
+        if file not in opened:
+            opened[file] = os.open(file, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+        return opened[file]
+
+    try:
+        yield descriptor
+    finally:
+        for number in opened.values():
+            os.close(number)
+
+
+@contextmanager
 def faults(tensors: Sequence[tuple[str, Sequence[Path]]]) -> Iterator[None]:
     """Words for what stops the kernels.
 

@@ -18,6 +18,7 @@ RESCALES = ("paper", "l1", "none")
 MOST_MODELS = 32
 
 _NEED_BASE = ("task", "ties", "dare_linear", "dare_ties")
+_WHOLE = ("slerp", "ties")
 _SHARES = ("select", "linear")  # whose weights are made to add up to 1
 
 
@@ -53,6 +54,11 @@ class Method:
     def needs_base(self) -> bool:
         """Whether it works on differences to a base."""
         return self.name in _NEED_BASE
+
+    @property
+    def looks_at_all(self) -> bool:
+        """Whether it has to see a whole tensor before it merges any of it."""
+        return self.name in _WHOLE or (self.rescale == "l1" and self.name.startswith("dare"))
 
 
 def make_method(

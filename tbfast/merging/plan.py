@@ -20,6 +20,7 @@ from tbfast.names import natural
 
 _SHOWN = 5  # names in a message
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_NO_AVERAGE = "which cannot be averaged; exclude it or merge it with method='select'"
 _VOCABULARY = ("embed", "lm_head", "wte", "wpe")
 
 
@@ -35,7 +36,7 @@ class Tensor:
         method: How it is merged.
         models: Where it lies in each model.
         base: Where it lies in the base, if it is read.
-        must_agree: Whether it is an error if the models differ in it.
+        must_agree: Why it is an error if the models differ in it; empty if it is none.
     """
 
     name: str
@@ -45,7 +46,7 @@ class Tensor:
     method: Method
     models: tuple[Entry, ...]
     base: Entry | None
-    must_agree: bool = False
+    must_agree: str = ""
 
     @property
     def elements(self) -> int:
@@ -156,15 +157,18 @@ def make_plan(
         CheckpointError: If the models do not fit together.
         ValueError: If no tensor is left to merge.
     """
+    from tbfast.merging.quantized import with_scales
     from tbfast.merging.tied import tie
 
     _check_configs(models)
     entries, keys, is_tied = tie(models, base, wishes.tied)
     names = _names(models, entries, base, wishes.on_missing)
-    tensors = [
-        _tensor(name, keys.get(name, name), models, entries, base, wishes, method)
-        for name in sorted(names, key=natural)
-    ]
+    tensors = with_scales(
+        [
+            _tensor(name, keys.get(name, name), models, entries, base, wishes, method)
+            for name in sorted(names, key=natural)
+        ]
+    )
     if not tensors:
         raise ValueError("no tensor is in all models; there is nothing to merge")
     used = base if base and any(tensor.base for tensor in tensors) else None
@@ -247,10 +251,8 @@ def _tensor(
         return Tensor(name, key, dtype, first.shape, copying(default), (source,) * len(mine), None)
     if not first.dtype.computes and method.name != "select":
         # Numbers that cannot be averaged have to be the same.
-        first_model = (first,) * len(mine)
-        return Tensor(
-            name, key, dtype, first.shape, copying(method), (first_model[0], *mine[1:]), first, True
-        )
+        copies = copying(method)
+        return Tensor(name, key, dtype, first.shape, copies, tuple(mine), first, _NO_AVERAGE)
     needs = method.needs_base or method.resample != "off"
     if needs and in_base is None:
         assert base is not None

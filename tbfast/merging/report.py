@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 
 _CHUNK = 1 << 16  # elements of every input that a thread holds; see csrc/cpu/merge_block.h
 _PYTHON = 60_000_000  # bytes of Python and NumPy
+_HELD = 72 << 20  # bytes of a tensor that are kept at the most; see csrc/cpu/merge.cpp
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class MergeReport:
     peak_memory: int
 
     @classmethod
-    def of(cls, plan: Plan, totals: Totals, seconds: float) -> MergeReport:
+    def of(cls, plan: Plan, totals: Totals, seconds: float, threads: int) -> MergeReport:
         """From what was counted."""
         return cls(
             tensors=sum(len(shard.tensors) for shard in plan.shards),
@@ -46,7 +47,7 @@ class MergeReport:
             unchanged=totals.unchanged / totals.compared if totals.compared else None,
             seconds=seconds,
             shards={shard.name: shard.bytes for shard in plan.shards},
-            peak_memory=_peak(plan),
+            peak_memory=_peak(plan, threads),
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -70,11 +71,20 @@ class MergeReport:
         return "\n".join(lines)
 
 
-def _peak(plan: Plan) -> int:
-    from tbfast._native import num_threads
-
+def _peak(plan: Plan, threads: int) -> int:
     inputs = len(plan.models) + 2
-    return _PYTHON + num_threads() * inputs * 8 * _CHUNK
+    held = max(_held(tensor) for shard in plan.shards for tensor in shard.tensors)
+    return _PYTHON + threads * inputs * 8 * _CHUNK + held
+
+
+def _held(tensor: Tensor) -> int:
+    """Bytes that are kept of a tensor that has to be seen before it is merged."""
+    if not tensor.method.looks_at_all:
+        return 0
+    inputs = [*tensor.models, *([tensor.base] if tensor.base else [])]
+    size = tensor.elements * sum(entry.dtype.width for entry in inputs)
+    sifted = tensor.elements * 4 * len(tensor.models) // 20  # differences around TIES' threshold
+    return (size if size <= _HELD else 0) + (sifted if tensor.method.name == "ties" else 0)
 
 
 @dataclass

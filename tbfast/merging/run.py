@@ -9,23 +9,44 @@ import shutil
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing, contextmanager
+from itertools import chain
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from tbfast import _native
 from tbfast.errors import CheckpointError
 from tbfast.merging.header import Entry
-from tbfast.merging.jobs import at, faults, job
+from tbfast.merging.jobs import at, descriptors, faults, job
 from tbfast.merging.plan import Plan, Shard, Tensor, index_of
+from tbfast.merging.ranks import Ranks
 from tbfast.merging.report import MergeReport, Totals
 from tbfast.merging.workplace import Workplace
 from tbfast.progress import Progress, ticking
 
 _TOGETHER = 1 << 28  # bytes of output between two looks at Ctrl-C
+_APART = 5.0  # seconds that ranks work without a word: so long a failure of one may go unheard
+
+Records = dict[str, dict[str, Any]]  # of finished files
+
+
+class Step(NamedTuple):
+    """What was done.
+
+    Attributes:
+        shard: Name of the file.
+        tensors: Number of tensors written.
+        totals: Of the file, if it is complete.
+    """
+
+    shard: str
+    tensors: int
+    totals: dict[str, Any] | None = None
 
 
 def run(
     plan: Plan,
+    ranks: Ranks,
     out: Path,
     *,
     is_file: bool,
@@ -36,49 +57,98 @@ def run(
 ) -> MergeReport:
     """Write the output of a plan.
 
+    Every rank writes its share of the files. The rest is done by rank 0: it holds the lock, notes
+    what is finished, adds what lies beside the weights, and gives the output its name.
+
     Raises:
         CheckpointError: If an input is damaged, changes, or holds what ``on_nan`` refuses.
         OSError: If there is no room or no permission; finished files wait for ``resume``.
     """
     began = time.perf_counter()
-    check_output(plan, out)
-    digest, fingerprints = plan.digest(), [s.fingerprint() for s in plan.sources]
+    fingerprints = [source.fingerprint() for source in plan.sources]
     totals = Totals(len(plan.models))
-    place = Workplace(out, digest)
-    entered = False
-    try:
-        with place.opened(resume):
-            entered = True
-            _check_room(plan, place)
-            count = sum(len(shard.tensors) for shard in plan.shards)
-            with ticking(progress, "merging", count) as tick:
-                done = 0
-                for shard in plan.shards:
-                    if shard.name in place.finished:
-                        totals.load(place.finished[shard.name]["totals"])
-                        done += len(shard.tensors)
-                        continue
-                    mine = Totals(len(plan.models))
-                    for tensors in _write(plan, shard, place, on_nan, threads, mine):
-                        done += tensors
-                        tick(done, count, shard.name)
-                    place.finish(shard.name, {"totals": mine.to_dict()})
-                    totals.load(mine.to_dict())
-            if [source.fingerprint() for source in plan.sources] != fingerprints:
-                raise CheckpointError(
-                    "an input was changed while it was merged; merge again when it is complete"
-                )
-            report = MergeReport.of(plan, totals, time.perf_counter() - began)
-            if not is_file:
-                _write_companions(plan, place, report)
-            place.publish(plan.shards[0].name if is_file else None)
-    except (CheckpointError, ValueError):
-        if entered and not (resume and place.finished):
-            place.discard()
-        raise
-    except OSError as error:
-        raise _in_words(error, out) from error
-    return report
+    place = Workplace(out, plan.digest())
+    with ExitStack() as held:
+
+        def enter() -> Records:
+            with _worded(out):
+                held.enter_context(place.opened(resume))
+                _check_room(plan, place)
+            return place.finished
+
+        def close() -> MergeReport:
+            with _worded(out):
+                if [source.fingerprint() for source in plan.sources] != fingerprints:
+                    raise CheckpointError(
+                        "an input was changed while it was merged; merge again when it is complete"
+                    )
+                report = MergeReport.of(plan, totals, time.perf_counter() - began, threads)
+                if not is_file:
+                    _write_companions(plan, place, report)
+                place.publish(plan.shards[0].name if is_file else None)
+            return report
+
+        finished = ranks.first(enter)
+        try:
+            ranks.each(place.check_shared)
+            _write_all(plan, ranks, place, finished, totals, on_nan, threads, progress)
+            return ranks.first(close)
+        except ValueError:
+            if not (resume and finished):
+                ranks.first(place.discard)
+            raise
+
+
+def _write_all(
+    plan: Plan,
+    ranks: Ranks,
+    place: Workplace,
+    finished: Records,
+    totals: Totals,
+    on_nan: str,
+    threads: int,
+    progress: Progress,
+) -> None:
+    """Write the files that are not finished, and count what is in all of them."""
+    for record in finished.values():
+        totals.load(record["totals"])
+    left = [shard for shard in plan.shards if shard.name not in finished]
+    owners = ranks.shares([shard.bytes for shard in left])
+    steps = (
+        step
+        for shard, owner in zip(left, owners, strict=True)
+        if owner == ranks.number
+        for step in _write(plan, shard, place, on_nan, threads)
+    )
+
+    def some() -> list[Step]:
+        """What can be done before the ranks meet again."""
+        until = time.monotonic() + (_APART if ranks.size > 1 else 0)
+        mine: list[Step] = []
+        with _worded(place.out):
+            for step in steps:
+                mine.append(step)
+                if time.monotonic() >= until:
+                    break
+        return mine
+
+    def note() -> None:
+        with _worded(place.out):
+            for step in done:
+                if step.totals is not None:
+                    place.finish(step.shard, {"totals": step.totals})
+        tick(count - missing, count, done[-1].shard)
+
+    count = sum(len(shard.tensors) for shard in plan.shards)
+    missing = sum(len(shard.tensors) for shard in left)
+    shown = progress if ranks.number == 0 else None
+    with closing(steps), ticking(shown, "merging", count) as tick:
+        while done := list(chain.from_iterable(ranks.each(some))):
+            missing -= sum(step.tensors for step in done)
+            for step in done:
+                if step.totals is not None:
+                    totals.load(step.totals)
+            ranks.first(note)
 
 
 def check_output(plan: Plan, out: Path) -> None:
@@ -107,26 +177,17 @@ def _check_room(plan: Plan, place: Workplace) -> None:
         )
 
 
-def _write(
-    plan: Plan, shard: Shard, place: Workplace, on_nan: str, threads: int, totals: Totals
-) -> Iterator[int]:
-    """Write one file; yields how many tensors were written since."""
+def _write(plan: Plan, shard: Shard, place: Workplace, on_nan: str, threads: int) -> Iterator[Step]:
+    """Write one file, step by step."""
+    totals = Totals(len(plan.models))
     temporary = place.path(f"{shard.name}.part")
     with ExitStack() as stack:
-        opened: dict[Path, int] = {}
-
-        def descriptor(file: Path) -> int:
-            if file not in opened:
-                opened[file] = os.open(file, os.O_RDONLY | getattr(os, "O_BINARY", 0))
-                stack.callback(os.close, opened[file])
-            return opened[file]
-
+        descriptor = stack.enter_context(descriptors())
         flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | getattr(os, "O_BINARY", 0)
         out = os.open(temporary, flags, 0o644)
         stack.callback(os.close, out)
         os.write(out, shard.header)
-        if hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(out, 0, shard.bytes)
+        _reserve(out, shard.bytes)
         offset = len(shard.header)
         for group in _groups(shard.tensors):
             jobs = []
@@ -151,9 +212,20 @@ def _write(
             for tensor, found in zip(group, merged, strict=True):
                 _judge(plan, tensor, found, on_nan)
                 totals.add(tensor, found)
-            yield len(group)
+            yield Step(shard.name, len(group))
         os.fsync(out)
     temporary.replace(place.path(shard.name))
+    yield Step(shard.name, 0, totals.to_dict())
+
+
+def _reserve(file: int, size: int) -> None:
+    """Claim room, so that a full disk is noticed at once; not every file system can."""
+    if hasattr(os, "posix_fallocate"):
+        try:
+            os.posix_fallocate(file, 0, size)
+        except OSError as error:
+            if error.errno == errno.ENOSPC:
+                raise
 
 
 def _groups(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
@@ -177,8 +249,7 @@ def _judge(plan: Plan, tensor: Tensor, found: tuple[list[int], int, int, int], o
     if tensor.must_agree and unchanged != tensor.elements:
         raise CheckpointError.of(
             plan.models[0].path,
-            f"and the others differ in '{tensor.name}' ({tensor.dtype.name}), which cannot be "
-            "averaged; exclude it or merge it with method='select'",
+            f"and the others differ in '{tensor.name}' ({tensor.dtype.name}), {tensor.must_agree}",
         )
     if element < 0 or on_nan == "allow":
         return
@@ -196,7 +267,7 @@ def _judge(plan: Plan, tensor: Tensor, found: tuple[list[int], int, int, int], o
         )
     if on_nan == "error":
         raise CheckpointError(message)
-    warnings.warn(message, stacklevel=6)
+    warnings.warn(message, stacklevel=9)
 
 
 def _write_companions(plan: Plan, place: Workplace, report: MergeReport) -> None:
@@ -214,6 +285,15 @@ def _write_text(path: Path, text: str) -> None:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
+
+
+@contextmanager
+def _worded(out: Path) -> Iterator[None]:
+    """Words for what stops the writing of an output."""
+    try:
+        yield
+    except OSError as error:
+        raise _in_words(error, out) from error
 
 
 def _in_words(error: OSError, out: Path) -> OSError:

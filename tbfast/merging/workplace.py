@@ -51,6 +51,18 @@ class Workplace:
                 self._write({"plan": self.digest}, mode="w")
             yield
 
+    def check_shared(self) -> None:
+        """See that this is the folder that another process has opened.
+
+        Raises:
+            FileNotFoundError: If it is not there, or another.
+        """
+        if {"plan": self.digest} not in self._read()[:1]:
+            raise FileNotFoundError(
+                f"cannot write '{self.out}': '{self.folder}' is not the folder that rank 0 has "
+                "made; choose an output that all processes share"
+            )
+
     def path(self, name: str) -> Path:
         """A file of the output, before it is in place."""
         return self.folder / name
@@ -84,15 +96,7 @@ class Workplace:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _take_up(self) -> None:
-        lines = []
-        with contextlib.suppress(OSError):
-            lines = self.path(_JOURNAL).read_text(encoding="utf-8").splitlines()
-        records = []
-        for line in lines:
-            try:
-                records.append(json.loads(line))
-            except ValueError:  # the line at which it was killed
-                break
+        records = self._read()
         if not records:
             return
         if records[0].get("plan") != self.digest:
@@ -104,6 +108,18 @@ class Workplace:
             file = self.path(record["file"])
             if file.is_file() and file.stat().st_size == record["size"]:
                 self.finished[record["file"]] = record
+
+    def _read(self) -> list[dict[str, Any]]:
+        lines: list[str] = []
+        records = []
+        with contextlib.suppress(OSError):
+            lines = self.path(_JOURNAL).read_text(encoding="utf-8").splitlines()
+        for line in lines:
+            try:
+                records.append(json.loads(line))
+            except ValueError:  # the line at which it was killed
+                break
+        return records
 
     def _clear(self) -> None:
         """Remove all but finished files."""
