@@ -48,7 +48,7 @@ options = json.loads(sys.argv[1])
 began = time.perf_counter()
 tbfast.merge_checkpoints(**options)
 seconds = time.perf_counter() - began
-assert "torch" not in sys.modules
+assert not {"torch", "numpy"} & sys.modules.keys()
 print(seconds)
 """
 

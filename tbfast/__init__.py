@@ -17,10 +17,11 @@ if TYPE_CHECKING:
     from tbfast.groups import param_groups
     from tbfast.instep import attach
     from tbfast.lowrank import SVD, rsvd
-    from tbfast.merging.api import merge_checkpoints, merge_tensors
+    from tbfast.merging.api import merge_checkpoints
     from tbfast.merging.diff import TensorDiff, diff_checkpoints
     from tbfast.merging.lora import LoraReport, extract_lora, lora_factors
     from tbfast.merging.report import MergeReport
+    from tbfast.merging.tensors import merge_tensors
     from tbfast.rates import lr_factors
     from tbfast.report import LayerSpectrum, Report
     from tbfast.scheduler import TempBalance
@@ -75,7 +76,7 @@ _HOME = {
     "lora_factors": "tbfast.merging.lora",
     "lr_factors": "tbfast.rates",
     "merge_checkpoints": "tbfast.merging.api",
-    "merge_tensors": "tbfast.merging.api",
+    "merge_tensors": "tbfast.merging.tensors",
     "param_groups": "tbfast.groups",
     "rsvd": "tbfast.lowrank",
 }

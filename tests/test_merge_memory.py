@@ -15,7 +15,7 @@ import sys, tbfast
 paths, out, method = sys.argv[1:4], sys.argv[4], sys.argv[5]
 report = tbfast.merge_checkpoints(paths[:2], out, base=paths[2], method=method, threads=2)
 assert report.bytes > 300e6
-assert "torch" not in sys.modules
+assert not {"torch", "numpy"} & sys.modules.keys()
 peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
 print(int(peak.split()[1]) * 1024)
 """
@@ -34,4 +34,4 @@ def test_a_merge_of_300_megabytes_takes_less_than_200_at_its_peak(tmp_path, meth
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     out.unlink(missing_ok=True)
     assert done.returncode == 0, done.stderr
-    assert 20e6 < int(done.stdout) < 200e6
+    assert 10e6 < int(done.stdout) < 200e6

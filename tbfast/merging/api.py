@@ -1,22 +1,18 @@
-"""``merge_checkpoints`` and ``merge_tensors``."""
+"""``merge_checkpoints``."""
 
 from __future__ import annotations
 
 import os
-import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from tbfast import _native
 from tbfast.errors import CheckpointError
-from tbfast.merging.dtypes import DTYPES, OUTPUT_DTYPES, DType
+from tbfast.merging.draws import check_seed
+from tbfast.merging.dtypes import OUTPUT_DTYPES
 from tbfast.merging.inputs import open_source
-from tbfast.merging.jobs import job
 from tbfast.merging.methods import Method, make_method
 from tbfast.merging.plan import Plan, Wishes, make_plan, parse_size
 from tbfast.merging.ranks import Ranks, meeting
@@ -27,7 +23,6 @@ from tbfast.progress import Progress
 PathLike = str | os.PathLike[str]
 Patterns = str | Sequence[str]
 
-_SEEDS = 1 << 64
 _CHOICES = {
     "tied": ("auto", "untie", "drop"),
     "on_nan": ("error", "warn", "allow"),
@@ -128,7 +123,7 @@ def merge_checkpoints(
             raise ValueError(f"{name} must be one of {', '.join(_CHOICES[name])}; got {given!r}")
     if dtype is not None and dtype not in OUTPUT_DTYPES:
         raise ValueError(f"dtype must be None or one of {', '.join(OUTPUT_DTYPES)}; got {dtype!r}")
-    _check_seed(seed)
+    check_seed(seed)
     if threads is not None and threads < 1:
         raise ValueError(f"threads must be 1 or more, got {threads}")
     if on_missing == "base" and base is None:
@@ -167,88 +162,6 @@ def merge_checkpoints(
         )
 
 
-def merge_tensors(
-    tensors: Sequence[Any],
-    *,
-    name: str,
-    method: str = "select",
-    base: Any = None,
-    weights: Sequence[float] | None = None,
-    seed: int = 0,
-    start: int = 0,
-    resample: str | int = "auto",
-    density: float = 0.5,
-    scale: float = 1.0,
-    t: float = 0.5,
-    rescale: str = "paper",
-) -> Any:
-    """Merge tensors in memory, with the draws that files get.
-
-    Args:
-        tensors: CPU tensors of torch, or NumPy arrays, of one shape and dtype.
-        name: Of the tensor: the random numbers belong to it.
-        method: As of :func:`merge_checkpoints`, as are the other options.
-        base: What the tensors were tuned from.
-        weights: One for each tensor.
-        seed: Of the random numbers.
-        start: Place of the first element in the whole tensor: of a slice in row-major order.
-        resample: See :func:`merge_checkpoints`.
-        density: See there.
-        scale: See there.
-        t: See there.
-        rescale: See there.
-
-    Returns:
-        A new tensor or array of that shape and dtype.
-
-    Raises:
-        ValueError: If shapes or dtypes differ, or an option is out of range.
-    """
-    _check_seed(seed)
-    if start < 0:
-        raise ValueError(f"start must be 0 or more, got {start}")
-    chosen = make_method(
-        method,
-        len(tensors),
-        has_base=base is not None,
-        weights=weights,
-        resample=resample,
-        density=density,
-        scale=scale,
-        t=t,
-        rescale=rescale,
-    )
-    if start and chosen.looks_at_all:
-        raise ValueError(f"method={method!r} looks at whole tensors; it has no start={start}")
-    needs_base = chosen.needs_base or chosen.resample != "off"
-    arrays = [_bits(item, f"{name}: tensor {i}") for i, item in enumerate(tensors)]
-    old = [_bits(base, f"{name}: base")] if needs_base else []
-    shape, dtype = arrays[0][0].shape, arrays[0][1]
-    for i, (array, kind) in enumerate([*arrays, *old]):
-        if array.shape != shape or kind != dtype:
-            what = "the base" if i == len(arrays) else f"tensor {i}"
-            raise ValueError(
-                f"{name}: {what} has shape {array.shape} and dtype {kind.name}, "
-                f"tensor 0 has {shape} and {dtype.name}"
-            )
-    if method != "select" and not dtype.computes:
-        raise ValueError(f"{name}: method={method!r} does not take {dtype.name}; use 'select'")
-    merged = np.empty(shape, arrays[0][0].dtype)
-    work = job(
-        chosen,
-        name,
-        seed,
-        elements=merged.size,
-        start=start,
-        dtype=dtype,
-        models=[((array.ctypes.data, -1, 0), kind) for array, kind in arrays],
-        base=((old[0][0].ctypes.data, -1, 0), dtype) if old else None,
-        out=(merged.ctypes.data, -1, 0),
-    )
-    _native.merge([work], threads=_native.num_threads())
-    return _like(tensors[0], merged)
-
-
 def _methods(
     default: Method,
     models: int,
@@ -284,11 +197,6 @@ def _patterns(given: Patterns | None) -> list[str]:
     return [given] if isinstance(given, str) else list(given)
 
 
-def _check_seed(seed: int) -> None:
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < _SEEDS:
-        raise ValueError(f"seed must be a whole number from 0 to 2^64 - 1, got {seed!r}")
-
-
 def _warn_of_repeats(models: Sequence[PathLike], base: PathLike | None) -> None:
     seen = {os.path.realpath(base): "is the base itself"} if base is not None else {}
     for path in models:
@@ -306,54 +214,3 @@ def _check_free(out: Path, overwrite: bool) -> None:
         raise FileExistsError(f"'{out}' exists; choose another output or use overwrite")
     if exists and out.is_file() and out.suffix != ".safetensors":
         raise CheckpointError(f"'{out}' is a file, but a folder is to be written; name another")
-
-
-# NumPy's names of what safetensors names otherwise.
-_NUMPY = {
-    "bool": "BOOL",
-    "float16": "F16",
-    "float32": "F32",
-    "float64": "F64",
-    "complex64": "C64",
-    **{
-        f"{kind}int{bits}": f"{kind.upper() or 'I'}{bits}"
-        for kind in ("", "u")
-        for bits in (8, 16, 32, 64)
-    },
-}
-_TORCH = _NUMPY | {"bfloat16": "BF16", "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2"}
-_WORDS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
-
-
-def _bits(given: Any, label: str) -> tuple[np.ndarray[Any, Any], DType]:
-    """The elements as contiguous words, and what they are."""
-    torch = sys.modules.get("torch")
-    if torch is not None and isinstance(given, torch.Tensor):
-        name = _TORCH.get(str(given.dtype).removeprefix("torch."))
-        if given.device.type != "cpu" or given.layout != torch.strided or name is None:
-            raise ValueError(
-                f"{label} must be a dense CPU tensor, got {given.dtype} on {given.device}"
-            )
-        dtype = DTYPES[name]
-        dense = given.detach().resolve_conj().resolve_neg().contiguous()
-        words = (
-            dense.flatten().view(torch.uint8).numpy() if dense.numel() else np.empty(0, np.uint8)
-        )
-        return words.view(_WORDS[dtype.width]).reshape(tuple(given.shape)), dtype
-    array = np.asarray(given)
-    if array.dtype.name not in _NUMPY:
-        raise ValueError(f"{label} has the dtype {array.dtype}, which cannot be merged")
-    dtype = DTYPES[_NUMPY[array.dtype.name]]
-    return np.ascontiguousarray(array).view(_WORDS[dtype.width]).reshape(array.shape), dtype
-
-
-def _like(given: Any, merged: np.ndarray[Any, Any]) -> Any:
-    torch = sys.modules.get("torch")
-    if torch is not None and isinstance(given, torch.Tensor):
-        flat = (
-            torch.from_numpy(merged.reshape(-1).view(np.uint8))
-            if merged.size
-            else torch.empty(0, dtype=torch.uint8)
-        )
-        return flat.view(given.dtype).view(given.shape)
-    return merged.view(np.asarray(given).dtype)

@@ -15,6 +15,7 @@ Key = tuple[int, int, int, int]
 
 _PERSON = b"tbfast.merge.v1"
 _RANGE = 1 << 32
+_SEEDS = 1 << 64
 
 
 def key(seed: int, purpose: str, name: str) -> Key:
@@ -33,3 +34,13 @@ def bounds(weights: Sequence[float]) -> list[int]:
     shares = [Fraction(weight) for weight in weights]
     total = sum(shares)
     return [int(_RANGE * part / total) for part in accumulate(shares)]
+
+
+def check_seed(seed: int) -> None:
+    """Refuse what is no seed.
+
+    Raises:
+        ValueError: Of what it must be.
+    """
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < _SEEDS:
+        raise ValueError(f"seed must be a whole number from 0 to 2^64 - 1, got {seed!r}")

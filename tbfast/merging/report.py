@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from tbfast.merging.plan import Plan, Tensor
 
 _CHUNK = 1 << 16  # elements of every input that a thread holds; see csrc/cpu/merge_block.h
-_PYTHON = 60_000_000  # bytes of Python and NumPy
+_PYTHON = 30_000_000  # bytes of Python and its modules
 _HELD = 72 << 20  # bytes of a tensor that are kept at the most; see csrc/cpu/merge.cpp
 
 

@@ -181,13 +181,13 @@ def _write(plan: Plan, shard: Shard, place: Workplace, on_nan: str, threads: int
     """Write one file, step by step."""
     totals = Totals(len(plan.models))
     temporary = place.path(f"{shard.name}.part")
+    # No room is reserved: in memory and on some disks that takes as long as to write.
     with ExitStack() as stack:
         descriptor = stack.enter_context(descriptors())
         flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | getattr(os, "O_BINARY", 0)
         out = os.open(temporary, flags, 0o644)
         stack.callback(os.close, out)
         os.write(out, shard.header)
-        _reserve(out, shard.bytes)
         offset = len(shard.header)
         for group in _groups(shard.tensors):
             jobs = []
@@ -216,16 +216,6 @@ def _write(plan: Plan, shard: Shard, place: Workplace, on_nan: str, threads: int
         os.fsync(out)
     temporary.replace(place.path(shard.name))
     yield Step(shard.name, 0, totals.to_dict())
-
-
-def _reserve(file: int, size: int) -> None:
-    """Claim room, so that a full disk is noticed at once; not every file system can."""
-    if hasattr(os, "posix_fallocate"):
-        try:
-            os.posix_fallocate(file, 0, size)
-        except OSError as error:
-            if error.errno == errno.ENOSPC:
-                raise
 
 
 def _groups(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:

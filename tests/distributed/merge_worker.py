@@ -56,11 +56,11 @@ def failures(folder: Path, rank: int, options) -> dict:
         attempt("held")
         dist.barrier()
 
-    reserve, folder_of = os.posix_fallocate, workplace.Workplace.__init__
+    sync, folder_of = os.fsync, workplace.Workplace.__init__
     if rank == 1:
-        os.posix_fallocate = full
+        os.fsync = full
     attempt("full", base=folder / "base")
-    os.posix_fallocate = reserve
+    os.fsync = sync
 
     def elsewhere(self, *arguments):
         folder_of(self, *arguments)
@@ -137,7 +137,7 @@ def main(folder: Path) -> None:
     # One process ends in the middle of a merge.
     if rank == LAST:
         torch.save(answers, folder / f"{rank}.pt")
-        os.posix_fallocate = lambda *arguments: os._exit(0)
+        os.fsync = lambda *arguments: os._exit(0)
     answers["failures"]["ended"] = failed(models, folder / "failed ended", **options)
     torch.save(answers, folder / f"{rank}.pt")
     os._exit(0)  # the others cannot be waited for
