@@ -37,7 +37,7 @@ def test_a_merge_from_the_command_line_is_that_of_python(models, capsys):
         density=0.3,
     )
     assert out.read_bytes() == (models / "py.safetensors").read_bytes()
-    assert "3 tensors, 0.01 MB in 1 files" in capsys.readouterr().out
+    assert "3 tensors, 0.01 MB in 1 file" in capsys.readouterr().out
 
 
 def test_the_report_can_be_read_by_programs(models, capsys):
@@ -56,6 +56,17 @@ def test_a_dry_run_writes_nothing_and_says_what_would_be(models, capsys):
     assert "model.safetensors" in printed
     assert "MB of memory" in printed
     assert sorted(models.iterdir()) == before
+    file = str(models / "mine.safetensors")
+    assert main(["merge", *paths(models), "-o", file, "--dry-run"]) == 0
+    assert "  mine.safetensors  " in capsys.readouterr().out
+    assert sorted(models.iterdir()) == before
+
+
+def test_a_warning_is_one_line_in_the_program_s_own_words(models, capsys):
+    one = paths(models)[0]
+    assert main(["merge", one, one, "-o", str(models / "out"), "--quiet"]) == 0
+    said = capsys.readouterr().err
+    assert said == f"tbfast: warning: model '{one}' is there twice; is it meant to be?\n"
 
 
 def test_quiet_prints_nothing(models, capsys):

@@ -136,7 +136,9 @@ def merge_checkpoints(
     methods = _methods(default, len(models), base is not None, options, include, exclude, overrides)
     target = Path(out)
     is_file = target.suffix == ".safetensors"
-    wishes = Wishes(methods, dtype, parse_size(shard_size), tied, on_missing, is_file)
+    wishes = Wishes(
+        methods, dtype, parse_size(shard_size), tied, on_missing, target.name if is_file else None
+    )
 
     def planned() -> Plan:
         _check_free(target, overwrite)

@@ -5,6 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -126,18 +129,19 @@ def run_extract(options: argparse.Namespace) -> int:
     """Extract an adapter; returns the exit status."""
     from tbfast.merging.lora import extract_lora
 
-    report = extract_lora(
-        options.base,
-        options.tuned,
-        options.out,
-        rank=options.rank,
-        energy=options.energy,
-        max_rank=options.max_rank,
-        seed=options.seed,
-        targets=options.target,
-        overwrite=options.overwrite,
-        progress=sys.stderr.isatty() and not options.quiet,
-    )
+    with _one_line_warnings():
+        report = extract_lora(
+            options.base,
+            options.tuned,
+            options.out,
+            rank=options.rank,
+            energy=options.energy,
+            max_rank=options.max_rank,
+            seed=options.seed,
+            targets=options.target,
+            overwrite=options.overwrite,
+            progress=sys.stderr.isatty() and not options.quiet,
+        )
     if not options.quiet:
         ranks = sorted({module.rank for module in report.modules})
         size = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
@@ -164,7 +168,8 @@ def run(options: argparse.Namespace) -> int:
     if len(models) < 2 or out is None:
         options.usage_error("name two or more models and, with -o, the output")
     progress = sys.stderr.isatty() and not options.quiet
-    report = merge_checkpoints(models, out, progress=progress, **given)
+    with _one_line_warnings():
+        report = merge_checkpoints(models, out, progress=progress, **given)
     if world()[0] > 0:  # the first process speaks for all
         return 0
     if options.json:
@@ -172,6 +177,19 @@ def run(options: argparse.Namespace) -> int:
     elif not options.quiet:
         print(report.text(out, given.get("dry_run", False)))
     return 0
+
+
+@contextmanager
+def _one_line_warnings() -> Iterator[None]:
+    """Warnings as the program's own words, without the line of code that gives them."""
+    shown = warnings.formatwarning
+    warnings.formatwarning = lambda message, *_, **__: (
+        f"tbfast: warning: {' '.join(str(message).split())}\n"
+    )
+    try:
+        yield
+    finally:
+        warnings.formatwarning = shown
 
 
 def _numbers(text: str) -> list[float]:

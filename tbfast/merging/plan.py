@@ -137,7 +137,7 @@ class Wishes:
         shard_size: Most bytes of a file.
         tied: ``"auto"``, ``"untie"`` or ``"drop"``: see :func:`tbfast.merge_checkpoints`.
         on_missing: ``"error"``, ``"base"`` or ``"skip"``.
-        is_file: Whether the output is one file.
+        file: Name of the output if it is one file, else None: a folder.
     """
 
     methods: tuple[tuple[str, Method | None], ...]
@@ -145,7 +145,7 @@ class Wishes:
     shard_size: int
     tied: str
     on_missing: str
-    is_file: bool
+    file: str | None
 
 
 def make_plan(
@@ -176,8 +176,8 @@ def make_plan(
     config = _config(leader.config, tensors, is_tied)
     metadata = {"format": "pt", "tbfast_merge": _account(tensors, seed, len(models))}
     shards = _shards(tensors, wishes, metadata)
-    carried = () if wishes.is_file else leader.carried
-    return Plan(tuple(models), used, seed, shards, {} if wishes.is_file else config, carried)
+    carried = () if wishes.file else leader.carried
+    return Plan(tuple(models), used, seed, shards, {} if wishes.file else config, carried)
 
 
 def parse_size(text: str | int) -> int:
@@ -345,14 +345,14 @@ def _shards(
     groups: list[list[Tensor]] = [[]]
     size = 0
     for tensor in tensors:
-        if groups[-1] and size + tensor.bytes > wishes.shard_size and not wishes.is_file:
+        if groups[-1] and size + tensor.bytes > wishes.shard_size and not wishes.file:
             groups.append([])
             size = 0
         groups[-1].append(tensor)
         size += tensor.bytes
     shards = []
     for number, group in enumerate(groups, 1):
-        name = "model.safetensors"
+        name = wishes.file or "model.safetensors"
         if len(groups) > 1:
             name = f"model-{number:05d}-of-{len(groups):05d}.safetensors"
         # Wide elements first: then all are aligned.
