@@ -135,10 +135,8 @@ def merge_checkpoints(
     _warn_of_repeats(models, base)
     methods = _methods(default, len(models), base is not None, options, include, exclude, overrides)
     target = Path(out)
-    is_file = target.suffix == ".safetensors"
-    wishes = Wishes(
-        methods, dtype, parse_size(shard_size), tied, on_missing, target.name if is_file else None
-    )
+    file = target.name if target.suffix == ".safetensors" else None
+    wishes = Wishes(methods, dtype, parse_size(shard_size), tied, on_missing, file)
 
     def planned() -> Plan:
         _check_free(target, overwrite)
@@ -156,7 +154,7 @@ def merge_checkpoints(
             plan,
             ranks,
             target,
-            is_file=is_file,
+            is_file=file is not None,
             on_nan=on_nan,
             threads=workers,
             resume=resume,
