@@ -245,7 +245,10 @@ def _at_least(least: int) -> Callable[[str], int]:
 
 
 def _above_one(text: str) -> float:
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
     if not 1 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be above 1, got {text}")
+        raise argparse.ArgumentTypeError(f"must be a number above 1, got '{text}'")
     return value

@@ -102,6 +102,17 @@ def test_models_of_other_shapes_or_dtypes_are_refused(models):
         tbfast.diff_checkpoints([], models / "base.safetensors")
 
 
+def test_tensors_that_not_all_have_are_a_warning_and_none_in_common_an_error(models):
+    base, one = models / "base.safetensors", inputs(models)[0]
+    save_file(content(one) | {"w10": np.ones(3, np.float32), "w9": np.ones(3)}, one)
+    with pytest.warns(UserWarning, match="left out: 2 tensors that are not in all .* 'w9'"):
+        found = tbfast.diff_checkpoints([one], base)
+    assert len(found) == len(content(base))
+    save_file({"other": np.ones(3, np.float32)}, one)
+    with pytest.raises(CheckpointError, match="have no name of a tensor in common; is it tuned"):
+        tbfast.diff_checkpoints([one], base)
+
+
 def test_the_command_prints_a_table_or_json(models, capsys):
     base = ["--base", str(models / "base.safetensors")]
     names = [str(m) for m in inputs(models)]

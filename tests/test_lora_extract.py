@@ -212,13 +212,19 @@ def test_targets_choose_modules_and_ranks_stay_within_the_matrix(models):
         ({"energy": 0}, "energy must be above 0"),
         ({"max_rank": 0}, "max_rank must be above 0"),
         ({"seed": -1}, "seed must be from 0"),
-        ({"targets": "none"}, "no module of .* that targets='none' takes differs"),
+        ({"targets": "none"}, "targets='none' takes none of the modules of"),
     ],
 )
 def test_options_out_of_range_are_refused(models, options, message):
     with pytest.raises(ValueError, match=message):
         extract(models, **options)
     assert not (models / "out").exists()
+
+
+def test_a_model_that_is_the_base_is_refused(models):
+    base = models / "base.safetensors"
+    with pytest.raises(ValueError, match=r"does not differ from .* in the \d+ modules taken"):
+        tbfast.extract_lora(base, base, models / "out")
 
 
 def test_models_that_do_not_fit_are_refused(models):

@@ -1,5 +1,6 @@
 """``tbfast merge`` and its recipes."""
 
+import inspect
 import json
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from safetensors.numpy import load_file, save_file
 
 import tbfast
 from tbfast.cli import main
+from tbfast.merging.recipe import read_recipe
 
 
 @pytest.fixture
@@ -114,16 +116,41 @@ def test_a_recipe_holds_the_options_and_the_command_line_wins(models, suffix):
         ("r.json", "[]", "r.json' holds no object of options"),
         ("r.json", '{"methods": 1}', "has the unknown option 'methods'; known are base,"),
         ("r.json", "[" * 100_000, "r.json' is nested too deeply"),
+        ("r.yaml", "weights: '1,2'", "r.yaml': weights must be a list of numbers, got '1,2'"),
+        ("r.yaml", "seed: 1e3", "r.yaml': seed must be a whole number, got '1e3'"),
+        ("r.yaml", "overwrite: 1", "r.yaml': overwrite must be true or false, got 1"),
+        ("r.yaml", "models: a", "r.yaml': models must be a list of texts, got 'a'"),
+        ("r.yaml", "tensors: [w]", "r.yaml': tensors must be a list of objects, got ['w']"),
+        ("r.yaml", "tensors: [{t: x}]", "entry 1 of the tensors of recipe '"),
+        ("r.yaml", "tensors: [{match: w, seed: 1}]", "has the unknown option 'seed'; known are de"),
+        ("none.json", None, "none.json' is no file; check the path"),
+        ("r.json", "\udcff", "r.json' is no valid JSON (UnicodeDecodeError: "),
     ],
 )
 def test_recipes_that_are_none_are_refused_in_one_line(models, capsys, name, text, message):
     pytest.importorskip("yaml")
-    (models / name).write_text(text)
+    if text is not None:
+        (models / name).write_text(text, errors="surrogateescape")
     arguments = ["merge", *paths(models), "-o", str(models / "out"), "--config", str(models / name)]
     assert main(arguments) == 1
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+def test_a_recipe_may_hold_every_option_and_nulls(models):
+    known = set(inspect.signature(tbfast.merge_checkpoints).parameters) - {"progress", "overrides"}
+    file = models / "r.json"
+    file.write_text(json.dumps(dict.fromkeys(known | {"tensors"})))
+    assert read_recipe(file) == {}
+
+
+def test_off_without_quotes_is_off_in_yaml(models):
+    pytest.importorskip("yaml")
+    file = models / "r.yaml"
+    file.write_text("resample: off\ntensors: [{match: w, resample: off}]")
+    overrides = [{"match": "w", "resample": "off"}]
+    assert read_recipe(file) == {"resample": "off", "overrides": overrides}
 
 
 def test_a_yaml_recipe_without_pyyaml_says_what_to_install(models, capsys, monkeypatch):
@@ -149,6 +176,24 @@ def test_wrong_usage_ends_with_status_2(arguments, capsys):
         main(["merge", *arguments])
     assert ended.value.code == 2
     capsys.readouterr()
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        (["--weights", "1,x"], "--weights: must be numbers like 2,1,1, got '1,x'"),
+        (["--resample", "on"], "--resample: must be auto or off or a whole number, got 'on'"),
+    ],
+)
+def test_values_that_are_none_are_named(option, message, capsys):
+    with pytest.raises(SystemExit):
+        main(["merge", "x", "y", "-o", "z", *option])
+    assert message in capsys.readouterr().err
+
+
+def test_no_folder_of_the_name_of_another_format_is_written(models):
+    with pytest.raises(ValueError, match=r"out\.bin': name a \.safetensors file or a folder"):
+        tbfast.merge_checkpoints(paths(models), models / "out.bin")
 
 
 def test_a_failure_is_one_line_and_status_1(models, capsys):

@@ -28,6 +28,18 @@ _CHOICES = {
     "on_nan": ("error", "warn", "allow"),
     "on_missing": ("error", "base", "skip"),
 }
+_OTHER_FORMATS = (
+    ".bin",
+    ".ckpt",
+    ".gguf",
+    ".h5",
+    ".json",
+    ".msgpack",
+    ".npz",
+    ".onnx",
+    ".pt",
+    ".pth",
+)
 
 
 def merge_checkpoints(
@@ -207,6 +219,8 @@ def _warn_of_repeats(models: Sequence[PathLike], base: PathLike | None) -> None:
 
 
 def _check_free(out: Path, overwrite: bool) -> None:
+    if out.suffix in _OTHER_FORMATS:
+        raise ValueError(f"cannot write '{out}': name a .safetensors file or a folder")
     if out.suffix == ".safetensors" and out.is_dir():
         raise IsADirectoryError(f"cannot write '{out}': it is a folder; name a file in it")
     exists = any(out.iterdir()) if out.is_dir() else out.exists()

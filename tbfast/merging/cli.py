@@ -6,7 +6,7 @@ import argparse
 import json
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,12 @@ def add_parser(commands: Any, common: argparse.ArgumentParser) -> None:
     add("--base", metavar="CKPT", help="the model that the others were tuned from")
     add("--weights", type=_numbers, metavar="W,W,...", help="one for each model (equal)")
     add("--seed", type=int, metavar="N", help="of the random numbers (0)")
-    add("--resample", type=_resample, metavar="auto|off|N", help="select: draw again (auto)")
+    add(
+        "--resample",
+        type=_number_or("auto", "off"),
+        metavar="auto|off|N",
+        help="select: draw again (auto)",
+    )
     add("--density", type=float, metavar="D", help="ties, dare: share that is kept (0.5)")
     add("--scale", type=float, metavar="S", help="of the merged differences (1)")
     add("--t", type=float, metavar="T", help="slerp: 0 is the first model, 1 the second (0.5)")
@@ -51,7 +56,7 @@ def add_parser(commands: Any, common: argparse.ArgumentParser) -> None:
     add("--overwrite", action="store_true", help="replace an output that exists")
     add("--dry-run", action="store_true", help="check everything, print the plan, write nothing")
     add("--json", action="store_true", help="print the report as JSON")
-    add("--quiet", action="store_true", help="print nothing but errors")
+    add("--quiet", action="store_true", help="print nothing but warnings and errors")
     parser.set_defaults(run=run, usage_error=parser.error)
 
     diff = commands.add_parser(
@@ -82,13 +87,13 @@ def add_parser(commands: Any, common: argparse.ArgumentParser) -> None:
     add("base", metavar="BASE", help=".safetensors file, index or folder")
     add("tuned", metavar="TUNED", help="the same of the fine-tuned model")
     add("-o", "--out", required=True, metavar="OUT", help="new folder")
-    add("--rank", type=_rank, default=32, metavar="N|auto", help="of the adapter (32)")
+    add("--rank", type=_number_or("auto"), default=32, metavar="N|auto", help="of the adapter (32)")
     add("--energy", type=float, default=0.9, metavar="E", help="rank auto: share to keep (0.9)")
     add("--max-rank", type=int, default=128, metavar="N", help="rank auto: the most (128)")
     add("--seed", type=int, default=0, metavar="N", help="of the random numbers (0)")
     add("--target", action="append", metavar="GLOB", help="modules; may be repeated")
     add("--overwrite", action="store_true", help="replace an output that exists")
-    add("--quiet", action="store_true", help="print nothing but errors")
+    add("--quiet", action="store_true", help="print nothing but warnings and errors")
     lora.set_defaults(run=run_extract)
 
 
@@ -96,9 +101,10 @@ def run_diff(options: argparse.Namespace) -> int:
     """Compare; returns the exit status."""
     from tbfast.merging.diff import diff_checkpoints, total
 
-    found = diff_checkpoints(
-        options.models, options.base, threads=options.threads, progress=sys.stderr.isatty()
-    )
+    with _one_line_warnings():
+        found = diff_checkpoints(
+            options.models, options.base, threads=options.threads, progress=sys.stderr.isatty()
+        )
     rows = [*found, total(found)]
     if options.json:
         print(json.dumps([row.to_dict() for row in rows], indent=2))
@@ -193,12 +199,18 @@ def _one_line_warnings() -> Iterator[None]:
 
 
 def _numbers(text: str) -> list[float]:
-    return [float(part) for part in text.split(",")]
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be numbers like 2,1,1, got '{text}'") from None
 
 
-def _rank(text: str) -> int | str:
-    return text if text == "auto" else int(text)
+def _number_or(*words: str) -> Callable[[str], int | str]:
+    def value(text: str) -> int | str:
+        try:
+            return text if text in words else int(text)
+        except ValueError:
+            choices = " or ".join((*words, "a whole number"))
+            raise argparse.ArgumentTypeError(f"must be {choices}, got '{text}'") from None
 
-
-def _resample(text: str) -> str | int:
-    return text if text in ("auto", "off") else int(text)
+    return value

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -77,14 +78,27 @@ def diff_checkpoints(
     Returns:
         One record for each tensor that all have, ordered by name.
 
+    Warns:
+        UserWarning: If there are others.
+
     Raises:
-        CheckpointError: If a model is damaged, or shapes or dtypes differ.
+        CheckpointError: If a model is damaged, shapes or dtypes differ, or no name is in all.
         ValueError: If there is no model, or more than 32.
     """
     if isinstance(models, (str, os.PathLike)) or not 1 <= len(models) <= MOST_MODELS:
         raise ValueError(f"need 1 to {MOST_MODELS} models, got {models!r}")
     sources = [open_source(path) for path in [*models, base]]
     names = set.intersection(*(set(source.entries) for source in sources))
+    if not names:
+        raise CheckpointError.of(
+            models[0], f"and '{base}' have no name of a tensor in common; is it tuned from it?"
+        )
+    if others := set[str]().union(*(source.entries for source in sources)) - names:
+        warnings.warn(
+            f"left out: {len(others)} tensors that are not in all models and the base, the first "
+            f"'{min(others, key=natural)}'",
+            stacklevel=2,
+        )
     found = []
     with descriptors() as descriptor, ticking(progress, "comparing", len(names)) as tick:
         for done, name in enumerate(sorted(names, key=natural), 1):

@@ -178,7 +178,13 @@ def extract_lora(
             done += len(group)
             tick(done, len(chosen), group[-1])
     if not modules:
-        raise ValueError(f"no module of '{tuned}' that targets={targets!r} takes differs from base")
+        raise ValueError(
+            f"'{tuned}' does not differ from '{base}' in the {len(chosen)} modules taken; choose "
+            "others with targets, or check the paths"
+            if chosen
+            else f"targets={targets!r} takes none of the modules of '{tuned}' (matrices of names "
+            "that end in .weight, but embeddings and heads); choose others with targets"
+        )
     left_out = [n for n in names if n not in chosen and _differs(n, *sources)]
     report = LoraReport(modules, kept / whole, unchanged, left_out, time.perf_counter() - began)
     _write(target, tensors, _config(modules, sources[0], transposed), report)

@@ -86,6 +86,9 @@ def make_method(
         raise ValueError(f"method='slerp' merges 2 models, got {models}")
     if name in _NEED_BASE and not has_base:
         raise ValueError(f"method={name!r} needs base=, the model that the others were tuned from")
+    for option, value in (("density", density), ("scale", scale), ("t", t)):
+        if isinstance(value, (bool, str)) or not hasattr(value, "__float__"):
+            raise ValueError(f"{option} must be a number, got {value!r}")
     if not 0 < density <= 1:
         raise ValueError(f"density must be above 0 and at most 1, got {density}")
     if not 0 <= t <= 1:
