@@ -191,6 +191,15 @@ def test_values_that_are_none_are_named(option, message, capsys):
     assert message in capsys.readouterr().err
 
 
+def test_patterns_that_match_nothing_are_named(models):
+    out = models / "out.safetensors"
+    with pytest.raises(ValueError, match="leave no tensor to merge; names are like 'w0'"):
+        tbfast.merge_checkpoints(paths(models), out, include="v*")
+    with pytest.warns(UserWarning, match=r"'v\*' is the name of no tensor") as given:
+        tbfast.merge_checkpoints(paths(models), out, exclude="v*")
+    assert given[0].filename == __file__
+
+
 def test_no_folder_of_the_name_of_another_format_is_written(models):
     with pytest.raises(ValueError, match=r"out\.bin': name a \.safetensors file or a folder"):
         tbfast.merge_checkpoints(paths(models), models / "out.bin")

@@ -6,6 +6,7 @@ import os
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -160,6 +161,7 @@ def merge_checkpoints(
     with meeting() if distributed else nullcontext(Ranks()) as ranks:
         workers = threads or ranks.threads()
         plan = ranks.same(planned, lambda p: f"{p.digest()} {target} {on_nan} {resume} {dry_run}")
+        _warn_of_idle(methods, plan)
         if dry_run:
             return MergeReport.of(plan, Totals(len(models)), 0.0, workers)
         return run(
@@ -216,6 +218,13 @@ def _warn_of_repeats(models: Sequence[PathLike], base: PathLike | None) -> None:
         if real in seen:
             warnings.warn(f"model '{path}' {seen[real]}; is it meant to be?", stacklevel=3)
         seen[real] = "is there twice"
+
+
+def _warn_of_idle(methods: Sequence[tuple[str, Method | None]], plan: Plan) -> None:
+    names = [tensor.name for shard in plan.shards for tensor in shard.tensors]
+    for pattern, _ in methods:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            warnings.warn(f"{pattern!r} is the name of no tensor; is it misspelt?", stacklevel=3)
 
 
 def _check_free(out: Path, overwrite: bool) -> None:

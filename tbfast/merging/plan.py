@@ -171,6 +171,10 @@ def make_plan(
     )
     if not tensors:
         raise ValueError("no tensor is in all models; there is nothing to merge")
+    if all(_method(tensor.name, wishes.methods) is None for tensor in tensors):
+        raise ValueError(
+            f"include and exclude leave no tensor to merge; names are like '{tensors[0].name}'"
+        )
     used = base if base and any(tensor.base for tensor in tensors) else None
     leader = models[0]
     config = _config(leader.config, tensors, is_tied)
