@@ -72,6 +72,36 @@ def test_a_warning_is_one_line_in_the_program_s_own_words(models):
     assert done.stderr == f"tbfast: warning: model '{one}' is there twice; is it meant to be?\n"
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--density", "0.3"], "density changes nothing: select does not use it"),
+        (["--method", "linear", "--t", "0.5"], "t changes nothing: linear does not use it"),
+        (
+            ["--method", "slerp", "--weights", "1,2"],
+            "weights changes nothing: slerp does not use it",
+        ),
+    ],
+)
+def test_an_option_that_the_method_does_not_use_is_a_warning(models, options, message):
+    with pytest.warns(UserWarning, match=f"^{message}$"):
+        assert main(["merge", *paths(models), "-o", str(models / "out"), *options]) == 0
+
+
+def test_an_option_that_an_override_uses_is_none(models):
+    tensors = [{"match": "w1", "method": "slerp"}, {"match": "w2", "density": 0.3}]
+    (models / "r.json").write_text(json.dumps({"tensors": tensors}))
+    command = ["merge", *paths(models), "-o", str(models / "out"), "--config"]
+    message = "^density for 'w2' changes nothing: select does not use it$"
+    with pytest.warns(UserWarning, match=message) as caught:
+        assert main([*command, str(models / "r.json"), "--t", "0.25"]) == 0
+    assert len(caught) == 1
+    message = "^scale changes nothing: select and slerp do not use it$"
+    (models / "r.json").write_text(json.dumps({"tensors": tensors[:1]}))
+    with pytest.warns(UserWarning, match=message):
+        assert main([*command, str(models / "r.json"), "--overwrite", "--scale", "2"]) == 0
+
+
 def test_quiet_prints_nothing(models, capsys):
     assert main(["merge", *paths(models), "-o", str(models / "out"), "--quiet"]) == 0
     assert capsys.readouterr().out == ""

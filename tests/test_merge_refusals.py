@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 
 import numpy as np
 import pytest
@@ -211,6 +212,21 @@ def test_a_model_that_is_there_twice_or_is_the_base_is_a_warning_at_the_call(mod
     assert caught[0].filename == __file__
     with pytest.warns(UserWarning, match="a' is the base itself"):
         tbfast.merge_checkpoints(inputs(models), models / "other", base=models / "a")
+
+
+def test_a_model_that_has_changed_nothing_is_a_warning_at_the_call(models):
+    shutil.copytree(models / "base", models / "copy")
+    paths = [*inputs(models), models / "copy"]
+    message = r"copy' equals the base in every bit; is it meant to\?"
+    with pytest.warns(UserWarning, match=message) as caught:
+        tbfast.merge_checkpoints(paths, models / "out", base=models / "base")
+    assert [warning.filename for warning in caught] == [__file__]
+    tbfast.merge_checkpoints(paths, models / "without base")
+    # One bit of the last byte
+    file = models / "copy/model.safetensors"
+    data = file.read_bytes()
+    file.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    tbfast.merge_checkpoints(paths, models / "changed", base=models / "base")
 
 
 def test_a_warning_of_nan_points_at_the_call(models):

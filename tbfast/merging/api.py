@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 from tbfast.errors import CheckpointError
+from tbfast.merging.doubts import warn_of_copies, warn_of_idle, warn_of_repeats
 from tbfast.merging.draws import check_seed
 from tbfast.merging.dtypes import OUTPUT_DTYPES
 from tbfast.merging.inputs import open_source
@@ -145,7 +144,7 @@ def merge_checkpoints(
         weights=weights, resample=resample, density=density, scale=scale, t=t, rescale=rescale
     )
     default = make_method(method, len(models), has_base=base is not None, **options)
-    _warn_of_repeats(models, base)
+    warn_of_repeats(models, base, stacklevel=2)
     methods = _methods(default, len(models), base is not None, options, include, exclude, overrides)
     target = Path(out)
     file = target.name if target.suffix == ".safetensors" else None
@@ -161,7 +160,9 @@ def merge_checkpoints(
     with meeting() if distributed else nullcontext(Ranks()) as ranks:
         workers = threads or ranks.threads()
         plan = ranks.same(planned, lambda p: f"{p.digest()} {target} {on_nan} {resume} {dry_run}")
-        _warn_of_idle(methods, plan)
+        if ranks.number == 0:
+            warn_of_idle(methods, plan, stacklevel=2)
+            warn_of_copies(plan, stacklevel=2)
         if dry_run:
             return MergeReport.of(plan, Totals(len(models)), 0.0, workers)
         return run(
@@ -209,22 +210,6 @@ def _patterns(given: Patterns | None) -> list[str]:
     if given is None:
         return []
     return [given] if isinstance(given, str) else list(given)
-
-
-def _warn_of_repeats(models: Sequence[PathLike], base: PathLike | None) -> None:
-    seen = {os.path.realpath(base): "is the base itself"} if base is not None else {}
-    for path in models:
-        real = os.path.realpath(path)
-        if real in seen:
-            warnings.warn(f"model '{path}' {seen[real]}; is it meant to be?", stacklevel=3)
-        seen[real] = "is there twice"
-
-
-def _warn_of_idle(methods: Sequence[tuple[str, Method | None]], plan: Plan) -> None:
-    names = [tensor.name for shard in plan.shards for tensor in shard.tensors]
-    for pattern, _ in methods:
-        if not any(fnmatchcase(name, pattern) for name in names):
-            warnings.warn(f"{pattern!r} is the name of no tensor; is it misspelt?", stacklevel=3)
 
 
 def _check_free(out: Path, overwrite: bool) -> None:

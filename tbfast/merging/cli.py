@@ -161,6 +161,7 @@ def run_extract(options: argparse.Namespace) -> int:
 def run(options: argparse.Namespace) -> int:
     """Merge; returns the exit status."""
     from tbfast.merging.api import merge_checkpoints
+    from tbfast.merging.doubts import warn_of_unused
     from tbfast.merging.ranks import world
     from tbfast.merging.recipe import read_recipe
 
@@ -175,8 +176,11 @@ def run(options: argparse.Namespace) -> int:
         options.usage_error("name two or more models and, with -o, the output")
     progress = sys.stderr.isatty() and not options.quiet
     with _one_line_warnings():
+        is_first = world()[0] == 0  # it speaks for all
+        if is_first:
+            warn_of_unused(given, stacklevel=1)
         report = merge_checkpoints(models, out, progress=progress, **given)
-    if world()[0] > 0:  # the first process speaks for all
+    if not is_first:
         return 0
     if options.json:
         print(json.dumps(report.to_dict(), indent=2))
