@@ -151,7 +151,9 @@ def run_extract(options: argparse.Namespace) -> int:
     if not options.quiet:
         ranks = sorted({module.rank for module in report.modules})
         size = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
-        print(f"'{options.out}': {len(report.modules)} modules, {size}, {report.seconds:.1f} s")
+        count = len(report.modules)
+        modules = "1 module" if count == 1 else f"{count} modules"
+        print(f"'{options.out}': {modules}, {size}, {report.seconds:.1f} s")
         print(f"keeps {100 * report.energy:.1f} % of the squared differences")
         if report.left_out:
             print(f"differ and are left out: {', '.join(report.left_out)}")

@@ -58,7 +58,8 @@ class MergeReport:
         """A few lines for people."""
         size = f"{self.bytes / 1e9:.2f} GB" if self.bytes >= 1e8 else f"{self.bytes / 1e6:.2f} MB"
         files = "1 file" if len(self.shards) == 1 else f"{len(self.shards)} files"
-        lines = [f"{self.tensors} tensors, {size} in {files}"]
+        tensors = "1 tensor" if self.tensors == 1 else f"{self.tensors} tensors"
+        lines = [f"{tensors}, {size} in {files}"]
         if dry_run:
             lines[0] = f"would write to '{out}': {lines[0]}"
             lines += [f"  {name}  {count} bytes" for name, count in self.shards.items()]
