@@ -20,10 +20,9 @@ from torch import Tensor
 
 from tbfast.errors import CheckpointError as CheckpointError  # also from here
 from tbfast.errors import brief
-from tbfast.names import natural
+from tbfast.names import PICKLE_SUFFIXES, natural
 
-TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
-_SUFFIXES = (".safetensors", *TORCH_SUFFIXES)
+_SUFFIXES = (".safetensors", *PICKLE_SUFFIXES)
 
 # Keys under which training scripts nest the state dict of the model.
 _NESTED = ("state_dict", "model_state_dict", "model", "module")
@@ -98,7 +97,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     if path.name.endswith(".index.json"):
         return _open_index(path)
     names, _ = _open_file(path)
-    return Checkpoint(path, dict.fromkeys(names, path), keeps_order=path.suffix in TORCH_SUFFIXES)
+    return Checkpoint(path, dict.fromkeys(names, path), keeps_order=path.suffix in PICKLE_SUFFIXES)
 
 
 def _open_folder(folder: Path) -> Checkpoint:

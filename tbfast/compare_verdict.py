@@ -6,6 +6,7 @@ import math
 from collections.abc import Collection, Iterable, Sequence
 
 from tbfast.compare_stats import LEVEL, Difference, Goal, Summary
+from tbfast.names import counted
 
 
 def verdict(
@@ -109,7 +110,7 @@ def _worst(s: Summary) -> bool:
 
 
 def _failing(s: Summary) -> str:
-    return f"fails in {s.failed} {'run' if s.failed == 1 else 'runs'} at its best rate"
+    return f"fails in {counted(s.failed, 'run')} at its best rate"
 
 
 def _gap(difference: Difference, goal: Goal, than: str = "") -> str:

@@ -155,6 +155,7 @@ def test_a_recipe_holds_the_options_and_the_command_line_wins(models, suffix):
         ("r.yaml", "tensors: [{match: w, seed: 1}]", "has the unknown option 'seed'; known are de"),
         ("none.json", None, "none.json' is no file; check the path"),
         ("r.json", "\udcff", "r.json' is no valid JSON (UnicodeDecodeError: "),
+        ("r.yaml", "\udcff", "r.yaml' is no valid YAML (UnicodeDecodeError: "),
     ],
 )
 def test_recipes_that_are_none_are_refused_in_one_line(models, capsys, name, text, message):

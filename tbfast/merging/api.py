@@ -18,6 +18,7 @@ from tbfast.merging.plan import Plan, Wishes, make_plan, parse_size
 from tbfast.merging.ranks import Ranks, meeting
 from tbfast.merging.report import MergeReport, Totals
 from tbfast.merging.run import check_output, run
+from tbfast.names import PICKLE_SUFFIXES
 from tbfast.progress import Progress
 
 PathLike = str | os.PathLike[str]
@@ -28,18 +29,7 @@ _CHOICES = {
     "on_nan": ("error", "warn", "allow"),
     "on_missing": ("error", "base", "skip"),
 }
-_OTHER_FORMATS = (
-    ".bin",
-    ".ckpt",
-    ".gguf",
-    ".h5",
-    ".json",
-    ".msgpack",
-    ".npz",
-    ".onnx",
-    ".pt",
-    ".pth",
-)
+_OTHER_FORMATS = (*PICKLE_SUFFIXES, ".gguf", ".h5", ".json", ".msgpack", ".npz", ".onnx")
 
 
 def merge_checkpoints(
@@ -144,7 +134,7 @@ def merge_checkpoints(
         weights=weights, resample=resample, density=density, scale=scale, t=t, rescale=rescale
     )
     default = make_method(method, len(models), has_base=base is not None, **options)
-    warn_of_repeats(models, base, stacklevel=2)
+    warn_of_repeats(models, base)
     methods = _methods(default, len(models), base is not None, options, include, exclude, overrides)
     target = Path(out)
     file = target.name if target.suffix == ".safetensors" else None
@@ -161,8 +151,8 @@ def merge_checkpoints(
         workers = threads or ranks.threads()
         plan = ranks.same(planned, lambda p: f"{p.digest()} {target} {on_nan} {resume} {dry_run}")
         if ranks.number == 0:
-            warn_of_idle(methods, plan, stacklevel=2)
-            warn_of_copies(plan, stacklevel=2)
+            warn_of_idle(methods, plan)
+            warn_of_copies(plan)
         if dry_run:
             return MergeReport.of(plan, Totals(len(models)), 0.0, workers)
         return run(

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tbfast.merging.methods import METHODS, RESCALES
+from tbfast.names import counted
 
 
 def add_parser(commands: Any, common: argparse.ArgumentParser) -> None:
@@ -151,8 +152,7 @@ def run_extract(options: argparse.Namespace) -> int:
     if not options.quiet:
         ranks = sorted({module.rank for module in report.modules})
         size = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
-        count = len(report.modules)
-        modules = "1 module" if count == 1 else f"{count} modules"
+        modules = counted(len(report.modules), "module")
         print(f"'{options.out}': {modules}, {size}, {report.seconds:.1f} s")
         print(f"keeps {100 * report.energy:.1f} % of the squared differences")
         if report.left_out:
@@ -180,7 +180,7 @@ def run(options: argparse.Namespace) -> int:
     with _one_line_warnings():
         is_first = world()[0] == 0  # it speaks for all
         if is_first:
-            warn_of_unused(given, stacklevel=1)
+            warn_of_unused(given)
         report = merge_checkpoints(models, out, progress=progress, **given)
     if not is_first:
         return 0

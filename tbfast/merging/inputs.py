@@ -12,8 +12,8 @@ from typing import Any
 
 from tbfast.errors import CheckpointError, brief
 from tbfast.merging.header import Entry, read_header
+from tbfast.names import PICKLE_SUFFIXES
 
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _MOST_INDEX = 256_000_000  # bytes
 # What lies beside weights and belongs to the model.
 _CARRIED = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".py")
@@ -82,7 +82,7 @@ def _open_folder(folder: Path) -> Source:
         return _open_index(found[0], folder)
     files = sorted(file for file in folder.glob("*.safetensors") if not file.is_dir())
     if not files:
-        pickles = [file for file in sorted(folder.iterdir()) if file.suffix in _PICKLES]
+        pickles = [file for file in sorted(folder.iterdir()) if file.suffix in PICKLE_SUFFIXES]
         hint = _hint(pickles[0]) if pickles else "pass the folder that holds the weights"
         raise CheckpointError.of(folder, f"has no .safetensors file; {hint}")
     return _source(folder, files, {})
@@ -189,7 +189,7 @@ def _config(file: Path) -> dict[str, Any]:
 
 
 def _hint(file: Path) -> str:
-    if file.suffix in _PICKLES:
+    if file.suffix in PICKLE_SUFFIXES:
         return (
             f"'{file.name}' is a pickle, which may run code and is not opened: load it where you "
             "trust it and save it with safetensors"

@@ -13,7 +13,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-METHODS = ("select", "linear", "task", "slerp", "ties", "dare_linear", "dare_ties")
+_DIFFERENCES = ("weights", "density", "scale")
+OPTIONS = {  # that each method uses; in the order of `tb::Method` in csrc/merge.h
+    "select": ("weights", "resample"),
+    "linear": ("weights",),
+    "task": ("weights", "scale"),
+    "slerp": ("t",),
+    "ties": _DIFFERENCES,
+    "dare_linear": (*_DIFFERENCES, "rescale"),
+    "dare_ties": (*_DIFFERENCES, "rescale"),
+}
+METHODS = tuple(OPTIONS)
 RESCALES = ("paper", "l1", "none")
 MOST_MODELS = 32
 

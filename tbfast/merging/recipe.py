@@ -107,22 +107,21 @@ def _holds(value: Any, kind: type | tuple[type, ...]) -> bool:
 
 
 def _parsed(file: Path) -> Any:
+    language, parse = ("JSON", json.loads) if file.suffix == ".json" else ("YAML", _yaml(file))
+    content = file.read_bytes()
     try:
-        text = file.read_text(encoding="utf-8")
-        if file.suffix == ".json":
-            return json.loads(text)
-        try:
-            import yaml
-        except ImportError:
-            raise ValueError(
-                f"recipe '{file}' needs PyYAML; 'pip install pyyaml', or write the recipe as JSON"
-            ) from None
-        return yaml.safe_load(text)
+        return parse(content.decode("utf-8"))
     except RecursionError as error:
         raise ValueError(f"recipe '{file}' is nested too deeply") from error
-    except ValueError as error:
-        if "PyYAML" in str(error):
-            raise
-        raise ValueError(f"recipe '{file}' is no valid JSON ({brief(error)})") from error
     except Exception as error:
-        raise ValueError(f"recipe '{file}' is no valid YAML ({brief(error)})") from error
+        raise ValueError(f"recipe '{file}' is no valid {language} ({brief(error)})") from error
+
+
+def _yaml(file: Path) -> Callable[[str], Any]:
+    try:
+        from yaml import safe_load
+    except ImportError:
+        raise ValueError(
+            f"recipe '{file}' needs PyYAML; 'pip install pyyaml', or write the recipe as JSON"
+        ) from None
+    return safe_load

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from tbfast.names import counted
+
 if TYPE_CHECKING:
     from tbfast.merging.plan import Plan, Tensor
 
@@ -57,9 +59,8 @@ class MergeReport:
     def text(self, out: str, dry_run: bool) -> str:
         """A few lines for people."""
         size = f"{self.bytes / 1e9:.2f} GB" if self.bytes >= 1e8 else f"{self.bytes / 1e6:.2f} MB"
-        files = "1 file" if len(self.shards) == 1 else f"{len(self.shards)} files"
-        tensors = "1 tensor" if self.tensors == 1 else f"{self.tensors} tensors"
-        lines = [f"{tensors}, {size} in {files}"]
+        files = counted(len(self.shards), "file")
+        lines = [f"{counted(self.tensors, 'tensor')}, {size} in {files}"]
         if dry_run:
             lines[0] = f"would write to '{out}': {lines[0]}"
             lines += [f"  {name}  {count} bytes" for name, count in self.shards.items()]
