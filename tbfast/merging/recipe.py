@@ -124,4 +124,5 @@ def _yaml(file: Path) -> Callable[[str], Any]:
         raise ValueError(
             f"recipe '{file}' needs PyYAML; 'pip install pyyaml', or write the recipe as JSON"
         ) from None
-    return safe_load
+    loader: Callable[[str], Any] = safe_load
+    return loader
