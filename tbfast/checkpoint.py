@@ -21,6 +21,7 @@ from torch import Tensor
 from tbfast.errors import CheckpointError as CheckpointError  # also from here
 from tbfast.errors import brief
 from tbfast.names import PICKLE_SUFFIXES, natural
+from tbfast.shard_index import read_index
 
 _SUFFIXES = (".safetensors", *PICKLE_SUFFIXES)
 
@@ -126,14 +127,7 @@ def _open_folder(folder: Path) -> Checkpoint:
 
 
 def _open_index(index: Path) -> Checkpoint:
-    try:
-        content = json.loads(index.read_bytes())
-        weight_map = content["weight_map"]
-        entries = {str(name): PurePosixPath(shard) for name, shard in weight_map.items()}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError) as error:
-        raise CheckpointError.of(
-            index, f"is no index of shards ({brief(error)}); it needs a 'weight_map' of files"
-        ) from error
+    entries = {name: PurePosixPath(shard) for name, shard in read_index(index)[0].items()}
     held: dict[PurePosixPath, frozenset[str]] = {}
     for name, shard in entries.items():
         if shard not in held:

@@ -5,58 +5,17 @@ import gc
 import math
 import warnings
 import weakref
-from itertools import pairwise
 
 import pytest
 import torch
+from small_model import SCHEDULERS, advance, backward, make_batch, make_mlp
 from torch import nn
 from torch.optim import lr_scheduler as ls
 
 import tbfast
 from tbfast import attach
 
-SCHEDULERS = {
-    "StepLR": lambda o: ls.StepLR(o, 7, 0.8),
-    "CosineAnnealingLR": lambda o: ls.CosineAnnealingLR(o, 60, 1e-3),
-    "CosineAnnealingWarmRestarts": lambda o: ls.CosineAnnealingWarmRestarts(o, 20, 2),
-    "LinearLR": lambda o: ls.LinearLR(o, 0.1, total_iters=50),
-    "OneCycleLR": lambda o: ls.OneCycleLR(o, 0.2, total_steps=250),
-    "ReduceLROnPlateau": lambda o: ls.ReduceLROnPlateau(o, patience=2),
-    "SequentialLR": lambda o: ls.SequentialLR(
-        o, [ls.LinearLR(o, 0.1, total_iters=20), ls.CosineAnnealingLR(o, 100)], [20]
-    ),
-    "ChainedScheduler": lambda o: ls.ChainedScheduler(
-        [ls.ConstantLR(o, 0.5, 30), ls.ExponentialLR(o, 0.98)]
-    ),
-    "LambdaLR": lambda o: ls.LambdaLR(o, lambda step: 1 / (1 + step)),
-}
 TUNED = ["2.weight", "4.weight", "6.weight"]
-
-
-def make_mlp(seed=0, bias=True):
-    torch.manual_seed(seed)
-    sizes = [6, 16, 16, 24, 16, 3]
-    layers = []
-    for n_in, n_out in pairwise(sizes):
-        layers += [nn.Linear(n_in, n_out, bias=bias), nn.Tanh()]
-    return nn.Sequential(*layers[:-1])
-
-
-def make_batch(step):
-    generator = torch.Generator().manual_seed(step)
-    return torch.randn(8, 6, generator=generator), torch.randn(8, 3, generator=generator)
-
-
-def backward(model, step):
-    x, y = make_batch(step)
-    loss = (model(x) - y).square().mean()
-    loss.backward()
-    return loss
-
-
-def advance(scheduler, step):
-    plateau = isinstance(scheduler, ls.ReduceLROnPlateau)
-    scheduler.step(*([1.0 + step // 40 * 0.1] if plateau else []))
 
 
 class Spy(torch.optim.SGD):

@@ -369,6 +369,8 @@ def test_indexes_that_lie_are_refused(models):
     wrong(dict.fromkeys(list(names)[1:], "model.safetensors"), "in a shard but not in its index")
     index.write_text("[]")
     refused(models, "is no index of shards")
+    os.truncate(index, 256_000_001)  # sparse: takes no space
+    refused(models, "is no index of shards .ValueError: 256000001 bytes are more than any has")
     index.unlink()
     shutil.copy(models / "m2/model.safetensors", models / "m2/more.safetensors")
     refused(models, "in 'model.safetensors' and in 'more.safetensors'")

@@ -1,68 +1,18 @@
-"""param_groups and TempBalance: which rates each group gets, under every torch scheduler."""
+"""TempBalance: which rates each group gets, under every torch scheduler."""
 
 import copy
 import math
 import warnings
-from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
+from small_model import SCHEDULERS, advance, backward, make_batch, make_groups, make_mlp
 from torch import nn
 from torch.optim import lr_scheduler as ls
 
 import tbfast
 from tbfast import TempBalance, param_groups
-
-SCHEDULERS = {
-    "StepLR": lambda o: ls.StepLR(o, 7, 0.8),
-    "CosineAnnealingLR": lambda o: ls.CosineAnnealingLR(o, 60, 1e-3),
-    "CosineAnnealingWarmRestarts": lambda o: ls.CosineAnnealingWarmRestarts(o, 20, 2),
-    "LinearLR": lambda o: ls.LinearLR(o, 0.1, total_iters=50),
-    "OneCycleLR": lambda o: ls.OneCycleLR(o, 0.2, total_steps=250),
-    "ReduceLROnPlateau": lambda o: ls.ReduceLROnPlateau(o, patience=2),
-    "SequentialLR": lambda o: ls.SequentialLR(
-        o, [ls.LinearLR(o, 0.1, total_iters=20), ls.CosineAnnealingLR(o, 100)], [20]
-    ),
-    "ChainedScheduler": lambda o: ls.ChainedScheduler(
-        [ls.ConstantLR(o, 0.5, 30), ls.ExponentialLR(o, 0.98)]
-    ),
-    "LambdaLR": lambda o: ls.LambdaLR(o, lambda step: 1 / (1 + step)),
-}
-
-
-def make_mlp(seed=0, bias=True):
-    torch.manual_seed(seed)
-    sizes = [6, 16, 16, 24, 16, 3]
-    layers = []
-    for n_in, n_out in pairwise(sizes):
-        layers += [nn.Linear(n_in, n_out, bias=bias), nn.Tanh()]
-    return nn.Sequential(*layers[:-1])
-
-
-def make_groups(model, **options):
-    return param_groups(model, min_eigs=4, **options)
-
-
-def make_batch(step):
-    generator = torch.Generator().manual_seed(step)
-    return torch.randn(8, 6, generator=generator), torch.randn(8, 3, generator=generator)
-
-
-def backward(model, step):
-    x, y = make_batch(step)
-    loss = (model(x) - y).square().mean()
-    loss.backward()
-    return loss.item()
-
-
-def metric(step):
-    return 1.0 + step // 40 * 0.1  # rises: ReduceLROnPlateau has something to reduce
-
-
-def advance(scheduler, step):
-    plateau = isinstance(getattr(scheduler, "base", scheduler), ls.ReduceLROnPlateau)
-    scheduler.step(*([metric(step)] if plateau else []))
 
 
 class PublishedCNN(nn.Module):
@@ -228,82 +178,6 @@ def test_a_step_that_calls_its_parents_counts_once():
     assert scheduler.balancer.steps == 1
 
 
-OPTIMIZERS = {
-    "SGD momentum": lambda groups: torch.optim.SGD(groups, lr=0.05, momentum=0.9),
-    "AdamW foreach": lambda groups: torch.optim.AdamW(groups, lr=0.01, foreach=True),
-    "AdamW fused": lambda groups: torch.optim.AdamW(groups, lr=0.01, fused=True),
-    "AdamW tensor lr": lambda groups: torch.optim.AdamW(
-        [{**group, "lr": torch.tensor(0.01)} for group in groups]
-    ),
-}
-if hasattr(torch.optim, "Adafactor"):
-    OPTIMIZERS["Adafactor"] = lambda groups: torch.optim.Adafactor(groups, lr=0.01)
-if hasattr(torch.optim, "Muon"):
-    OPTIMIZERS["Muon"] = lambda groups: torch.optim.Muon(groups, lr=0.01)
-
-
-def train(model, optimizer, scheduler, steps):
-    for step in steps:
-        optimizer.zero_grad()
-        backward(model, step)
-        optimizer.step()
-        advance(scheduler, step)
-
-
-@pytest.mark.parametrize("optimizer_first", [True, False])
-@pytest.mark.parametrize("name", OPTIMIZERS)
-def test_resuming_is_exact_to_the_bit(name, optimizer_first, tmp_path):
-    def build():
-        model = make_mlp(bias=name != "Muon")
-        optimizer = OPTIMIZERS[name](make_groups(model))
-        base = ls.CosineAnnealingLR(optimizer, 50)
-        return model, optimizer, TempBalance(optimizer, base, every=3, ema=0.5, ramp=2)
-
-    straight = build()
-    train(*straight, range(40))
-    half = build()
-    train(*half, range(20))
-    torch.save([part.state_dict() for part in half], tmp_path / "half.pt")
-    states = torch.load(tmp_path / "half.pt", weights_only=True)
-    resumed = build()
-    order = (0, 1, 2) if optimizer_first else (0, 2, 1)
-    for part in order:
-        resumed[part].load_state_dict(states[part])
-    train(*resumed, range(20, 40))
-    for a, b in zip(straight[0].parameters(), resumed[0].parameters(), strict=True):
-        assert torch.equal(a, b)
-    assert straight[2].factors == resumed[2].factors
-    assert straight[2].get_last_lr() == resumed[2].get_last_lr()
-    assert straight[2].history == resumed[2].history
-
-
-@pytest.mark.parametrize("name", SCHEDULERS)
-@pytest.mark.filterwarnings("ignore:.*epoch parameter.*:UserWarning")
-def test_the_state_of_any_base_scheduler_goes_along(name, tmp_path):
-    def build():
-        model = make_mlp()
-        optimizer = torch.optim.SGD(make_groups(model), lr=0.05, momentum=0.9)
-        return model, optimizer, TempBalance(optimizer, SCHEDULERS[name](optimizer))
-
-    straight, half, resumed = build(), build(), build()
-    train(*straight, range(30))
-    train(*half, range(15))
-    torch.save([part.state_dict() for part in half], tmp_path / "half.pt")
-    states = torch.load(tmp_path / "half.pt", weights_only=True)
-    for part, state in zip(resumed, states, strict=True):
-        part.load_state_dict(state)
-    train(*resumed, range(15, 30))
-    assert straight[2].get_last_lr() == resumed[2].get_last_lr()
-
-
-def test_a_state_with_a_base_needs_one():
-    optimizer = torch.optim.SGD(make_groups(make_mlp()), lr=0.1)
-    with_base = TempBalance(optimizer, ls.StepLR(optimizer, 5))
-    other = torch.optim.SGD(make_groups(make_mlp()), lr=0.1)
-    with pytest.raises(ValueError, match="saved with a base scheduler"):
-        TempBalance(other).load_state_dict(with_base.state_dict())
-
-
 def test_tensor_rates_are_filled_in_place():
     groups = [{**group, "lr": torch.tensor(0.1)} for group in make_groups(make_mlp())]
     optimizer = torch.optim.SGD(groups)
@@ -444,177 +318,6 @@ def test_plot_draws_the_history(tmp_path):
     assert "<svg" in (tmp_path / "run.svg").read_text()
 
 
-# Groups ------------------------------------------------------------------------------------
-
-
-def names_of(model, groups):
-    names = {id(p): name for name, p in model.named_parameters()}
-    return {g["name"]: [names[id(p)] for p in g["params"]] for g in groups}
-
-
-def test_groups_hold_every_parameter_once_and_the_untuned_first():
-    model = make_mlp()
-    groups = make_groups(model)
-    found = names_of(model, groups)
-    assert next(iter(found)) == "untuned"
-    assert found == {
-        "untuned": ["0.weight", "0.bias", "8.weight", "8.bias"],
-        "2.weight": ["2.weight", "2.bias"],
-        "4.weight": ["4.weight", "4.bias"],
-        "6.weight": ["6.weight", "6.bias"],
-    }
-    assert [g.get("kind") for g in groups] == [None, "linear", "linear", "linear"]
-
-
-def test_no_group_is_empty_when_everything_is_tuned():
-    model = make_mlp(bias=False)
-    groups = param_groups(model, min_eigs=2, skip_first=False, skip_last=False)
-    assert [g["name"] for g in groups] == [f"{i}.weight" for i in (0, 2, 4, 6, 8)]
-    assert all(g["params"] for g in groups)
-
-
-def test_first_and_last_go_before_the_small_ones_in_tempbalance_and_after_in_model_balancing():
-    model = make_mlp()  # eigenvalue counts 6, 16, 16, 16, 3
-    tempbalance = names_of(model, param_groups(model, min_eigs=10))
-    assert list(tempbalance) == ["untuned", "2.weight", "4.weight", "6.weight"]
-    balancing = names_of(model, param_groups(model, min_eigs=10, preset="model-balancing"))
-    assert list(balancing) == ["untuned", "2.weight", "4.weight"]
-    kept = names_of(model, param_groups(model, min_eigs=2, preset="llr"))
-    assert list(kept) == [f"{i}.weight" for i in (0, 2, 4, 6, 8)]
-
-
-def test_embeddings_are_layers_for_llr_only():
-    model = nn.Sequential(nn.Embedding(20, 8), *make_mlp())
-    assert "0.weight" not in names_of(model, make_groups(model, skip_first=False))
-    llr = {g["name"]: g.get("role") for g in param_groups(model, preset="llr")}
-    assert llr["0.weight"] == "embedding"
-    assert llr["1.weight"] is None
-
-
-def test_excluded_layers_are_neither_first_nor_last():
-    model = make_mlp()
-    found = names_of(model, make_groups(model, exclude=["0.*", "8.*"]))
-    assert list(found) == ["untuned", "4.weight"]
-    assert list(names_of(model, make_groups(model, include="[246].weight"))) == [
-        "untuned",
-        "4.weight",
-    ]
-
-
-class Block(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.norm1 = nn.LayerNorm(8)
-        self.q = nn.Linear(8, 8)
-        self.norm2 = nn.LayerNorm(8)
-        self.norm3 = nn.GroupNorm(2, 8)
-        self.up = nn.Linear(8, 8)
-
-
-class Transformer(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.first = nn.Linear(8, 8)
-        self.blocks = nn.ModuleList([Block(), Block()])
-        self.final = nn.LayerNorm(8)
-        self.head = nn.Linear(8, 8)
-
-
-@pytest.mark.parametrize(
-    ("rule", "expected"),
-    [
-        ("none", {}),
-        ("name", {}),
-        (
-            "order",
-            {
-                "blocks.0.norm2": "blocks.0.q",
-                "blocks.1.norm1": "blocks.0.up",
-                "blocks.1.norm2": "blocks.1.q",
-                "final": "blocks.1.up",
-            },
-        ),
-        (
-            "block",
-            {
-                "blocks.0.norm1": "blocks.0.q",
-                "blocks.0.norm2": "blocks.0.q",
-                "blocks.0.norm3": "blocks.0.q",
-                "blocks.1.norm1": "blocks.1.q",
-                "blocks.1.norm2": "blocks.1.q",
-                "blocks.1.norm3": "blocks.1.q",
-            },
-        ),
-    ],
-)
-def test_norms_join_the_layer_their_rule_says(rule, expected):
-    model = Transformer()
-    groups = names_of(model, make_groups(model, tie_norms=rule))
-    found = {
-        name.removesuffix(".weight"): group.removesuffix(".weight")
-        for group, names in groups.items()
-        for name in names
-        if group != "untuned" and name.endswith("weight") and name != group
-    }
-    assert found == expected
-    assert sum(map(len, groups.values())) == len(list(model.parameters()))
-
-
-def test_decay_splits_a_layer_into_two_groups_with_one_factor():
-    model = make_mlp()
-    groups = make_groups(model, weight_decay=0.1, no_decay="*.bias")
-    found = names_of(model, groups)
-    assert found["untuned"] == ["0.weight", "8.weight"]
-    assert found["untuned/no_decay"] == ["0.bias", "8.bias"]
-    assert found["2.weight/no_decay"] == ["2.bias"]
-    decays = {g["name"]: g["weight_decay"] for g in groups}
-    assert decays["2.weight"] == 0.1
-    assert decays["2.weight/no_decay"] == 0.0
-    optimizer = torch.optim.AdamW(groups, lr=0.1)
-    scheduler = TempBalance(optimizer)
-    rates = {g["name"]: g["lr"] for g in optimizer.param_groups}
-    assert rates["untuned"] == rates["untuned/no_decay"] == 0.1
-    for name, factor in scheduler.factors.items():
-        assert rates[name] == rates[f"{name}/no_decay"] == 0.1 * factor
-
-
-def test_a_weight_that_does_not_decay_still_leads_its_layer():
-    groups = {g["name"]: g for g in make_groups(make_mlp(), weight_decay=0.1, no_decay="2.weight")}
-    assert groups["2.weight"]["weight_decay"] == 0.0
-    assert groups["2.weight/decay"]["weight_decay"] == 0.1
-    assert groups["2.weight/decay"]["layer"] == "2.weight"
-
-
-def test_frozen_parameters_are_in_no_group():
-    model = make_mlp()
-    model[2].weight.requires_grad_(False)
-    model[4].bias.requires_grad_(False)
-    found = names_of(model, make_groups(model))
-    assert list(found) == ["untuned", "4.weight", "6.weight"]
-    assert found["4.weight"] == ["4.weight"]
-    assert "2.bias" in found["untuned"]
-
-
-@pytest.mark.parametrize(
-    ("options", "error", "words"),
-    [
-        ({"min_eigs": 50}, ValueError, "5 analysed, 0 of them with min_eigs=50 .* lower min_eigs"),
-        ({"min_eigs": -1}, ValueError, "min_eigs must be"),
-        ({"tie_norms": "near"}, ValueError, "tie_norms must be one of"),
-        ({"preset": "best"}, ValueError, "preset must be one of"),
-        ({"include": 3}, TypeError, "iterable|globs"),
-    ],
-)
-def test_what_cannot_be_grouped_is_refused(options, error, words):
-    with pytest.raises(error, match=words):
-        param_groups(make_mlp(), **options)
-
-
-def test_a_model_must_be_a_module():
-    with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got list"):
-        param_groups([nn.Linear(3, 3)])
-
-
 def test_one_optimizer_has_one_owner_of_its_rates():
     model = make_mlp()
     optimizer = torch.optim.SGD(make_groups(model), 0.1)
@@ -645,19 +348,6 @@ def test_a_copied_scheduler_goes_on_measuring():
         scheduler.step()
     # The first step after the copy finds the hooks lost and puts them back.
     assert [entry[0] for entry in scheduler.history] == [0, 1, 2]
-
-
-def test_a_head_tied_to_the_embedding_is_the_last_layer_that_is_skipped():
-    class Tied(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.table = nn.Embedding(20, 8)
-            self.body = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8))
-            self.out = nn.Linear(8, 20, bias=False)
-            self.out.weight = self.table.weight
-
-    tuned = [g["name"] for g in make_groups(Tied()) if "kind" in g]
-    assert tuned == ["body.1.weight", "body.2.weight"]
 
 
 def test_other_misuse_names_what_is_wrong():

@@ -13,8 +13,8 @@ from typing import Any
 from tbfast.errors import CheckpointError, brief
 from tbfast.merging.header import Entry, read_header
 from tbfast.names import PICKLE_SUFFIXES
+from tbfast.shard_index import read_index
 
-_MOST_INDEX = 256_000_000  # bytes
 # What lies beside weights and belongs to the model.
 _CARRIED = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".py")
 
@@ -89,19 +89,10 @@ def _open_folder(folder: Path) -> Source:
 
 
 def _open_index(index: Path, path: Path) -> Source:
-    if index.stat().st_size > _MOST_INDEX:
-        raise CheckpointError.of(index, f"has more than {_MOST_INDEX} bytes; it is no index")
-    try:
-        content = json.loads(index.read_bytes())
-        weight_map = content["weight_map"]
-        shards = {str(name): str(shard) for name, shard in weight_map.items()}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError.of(
-            index, f"is no index of shards ({brief(error)}); it needs a 'weight_map' of files"
-        ) from error
+    shards, metadata = read_index(index)
     files = [_inside(index, shard) for shard in sorted(set(shards.values()))]
     source = _source(path, files, {name: index.parent / shard for name, shard in shards.items()})
-    _check_total(index, content.get("metadata"), source)
+    _check_total(index, metadata, source)
     return source
 
 
