@@ -187,7 +187,7 @@ def completed(outcomes: Sequence[Outcome]) -> list[Row]:
     common = {"gpu": machine.get("gpu", "none"), "torch": machine.get("torch", "")}
     common |= {"commit": _commit(), "date": time.strftime("%Y-%m-%d")}
     for row in timed:
-        if limit and row.get("gb_per_s"):
+        if limit and row.get("gb_per_s", "") != "":
             row["share_of_copy"] = round(row["gb_per_s"] / limit, 3)
         row.update(common)
     return timed

@@ -99,7 +99,7 @@ class Setting:
                 "p20_ms": round(p20, 4),
                 "p50_ms": round(p50, 4),
                 "p80_ms": round(p80, 4),
-                "gb_per_s": round(moved / p50 / 1e6, 2) if moved else "",
+                "gb_per_s": float(f"{moved / p50 / 1e6:.4g}") if moved else "",
                 "rounds": len(times),
             }
 

@@ -86,6 +86,15 @@ def test_the_share_of_the_copy_follows_from_the_bandwidths(dry_run):
             assert float(row["share_of_copy"]) == pytest.approx(share, abs=6e-4)  # three digits
 
 
+def test_a_bandwidth_of_almost_nothing_is_a_number_too(check):
+    """On a busy machine a tiny case read 4 MB in a second: rounded to 0.00 it had no share."""
+    row = {"bench": "spectra", "contender": "x", "gb_per_s": 0.004}
+    rows = [{"bench": "copy", "contender": "torch", "gb_per_s": 10.0}, row, {**row, "gb_per_s": ""}]
+    outcome = check.Outcome(check.Step("spectra", []), "ok", 0.0, "", rows)
+    found = [row.get("share_of_copy") for row in check.completed([outcome])]
+    assert found == [1.0, 0.0, None]
+
+
 def test_a_failing_step_is_reported_and_the_others_still_run(check, monkeypatch, tmp_path, capsys):
     row = {"bench": "copy", "case": "c", "contender": "x", "p50_ms": 2.0, "gb_per_s": 1.0}
     steps = [
