@@ -54,7 +54,10 @@ struct Run {
     const uint32_t draw = a.draw + (a.replays != nullptr ? *a.replays : 0);
     const Philox bits = Stream{a.seed, e.name, Purpose::probe, draw}.bits(
         static_cast<uint64_t>(e.element + place), static_cast<uint32_t>(column / 128));
-    return (bits.word[column % 128 / 32] >> (column % 32) & 1u) != 0 ? -1.0f : 1.0f;
+    uint32_t word = bits.word[0];  // an index would put them into local memory
+#pragma unroll
+    for (int i = 1; i < 4; ++i) word = column % 128 / 32 == i ? bits.word[i] : word;
+    return (word >> (column % 32) & 1u) != 0 ? -1.0f : 1.0f;
   }
 
   __device__ void start(const SpectralArgs& a) const {
@@ -140,10 +143,11 @@ struct Run {
       if (j > 0) v -= static_cast<float>(beta) * (q - stride)[k];
       w[k] = v;
     }
-    project_out(j + 1, false, products);
     // Every eigenvalue of a complex matrix has a second eigenvector, i times the first: rounding
     // must not let it in.
-    if (is_complex(e.dtype)) project_out(j + 1, true, products);
+    const int turns = is_complex(e.dtype) ? 2 : 1;
+#pragma unroll 1
+    for (int turn = 0; turn < turns; ++turn) project_out(j + 1, turn == 1, products);
     float square = 0;
 #pragma unroll 1
     for (int64_t k = threadIdx.x; k < e.length; k += kThreads) square += w[k] * w[k];

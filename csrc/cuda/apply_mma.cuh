@@ -124,10 +124,12 @@ __device__ inline void share_x(MmaShared<T>& s, const float* x, int64_t length, 
 
 // For warp 0: t of a panel, from all warps and blocks, to shared memory.
 template <typename T>
-__device__ __noinline__ void share_t(const Team& team, MmaShared<T>& s, float scale) {
+__device__ __noinline__ void share_t(const SpectralArgs& a, const SpectralEntry& e,
+                                     const SpectralItem& item, unsigned before, MmaShared<T>& s,
+                                     float scale) {
   constexpr int kValues = kPanel / 4;
   float t[kValues];
-  sum_of_team<kWarps / 2>(team, s.parts[0], t);
+  sum_of_team<kWarps / 2>(team_of(a, e, item, before), s.parts[0], t);
   const int probe = lane_index() % kProbes, row = lane_index() / kProbes * kValues;
   int exponent = 0;
   if (Half<T>::kNarrow) {
@@ -207,7 +209,7 @@ __device__ __noinline__ void apply_mma(const SpectralArgs& a, const SpectralEntr
     }
     __syncthreads();
     if (warp == 0) {
-      share_t<T>(team_of(a, e, item, static_cast<unsigned>(step) * panels + panel), s, scale);
+      share_t<T>(a, e, item, static_cast<unsigned>(step) * panels + panel, s, scale);
     }
     __syncthreads();
 

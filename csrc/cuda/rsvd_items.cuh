@@ -99,18 +99,19 @@ __device__ __noinline__ void apply_item(const RsvdArgs& a, const RsvdEntry& e, R
   const int columns = e.columns;
   Tile<S> tile;
   times_small(a, e, item, side, at<S>(a, e.side[owner].multiplier), columns, tile, shared);
-  S* x = at<S>(a, block.block);
-  const auto* low = at<int32_t>(a, e.low);
-  const int64_t first = int64_t{item.tile} * Tile<S>::kRows, rows = rows_of<S>(block, item.tile);
+  const int64_t first = int64_t{item.tile} * Tile<S>::kRows;
+  const int rows = rows_of<S>(block, item.tile);
+  S* x = at<S>(a, block.block) + first * columns;
   for_each(tile, rows, columns,
-           [&](int row, int column, S value) { x[(first + row) * columns + column] = value; });
+           [&](int row, int column, S value) { x[row * columns + column] = value; });
   if (side != owner) return;
   __syncthreads();
+  const auto* low = at<int32_t>(a, e.low);
   const Stream stream{a.seed, 0, Purpose::sketch, kFillDraw + static_cast<uint32_t>(pass)};
   for (int column = 0; column < columns; ++column) {
     if (low[column] == 0) continue;
-    for (int64_t row = first + thread_index(); row < first + rows; row += kThreads) {
-      const int64_t element = Traits<S>::kParts * column * block.length + row;
+    for (int row = thread_index(); row < rows; row += kThreads) {
+      const int64_t element = Traits<S>::kParts * column * block.length + first + row;
       const Philox bits = stream.bits(static_cast<uint64_t>(element));
       x[row * columns + column] = from_parts<S>(bits.word[0] * 4.656612873077393e-10 - 1,
                                                 bits.word[1] * 4.656612873077393e-10 - 1);
@@ -154,19 +155,24 @@ __device__ __noinline__ void residual_item(const RsvdArgs& a, const RsvdEntry& e
   const auto* values = at<double>(a, e.values);
   Weights<Stored> weights(e, 0, state.scale);
   double squares = 0;
+  // Neighbouring threads take neighbours in memory.
+  const bool by_row = weights.col_stride <= weights.row_stride;
+  const int own = thread_index(), down = by_row ? kWarps : Tile<S>::kRows;
+  const int row_own = by_row ? own / kLanes : own % down;
+  const int column_own = by_row ? own % kLanes : own / down;
 #pragma unroll 1
-  for (int64_t i = thread_index(); i < rows * cols; i += kThreads) {
-    const bool by_row = weights.col_stride <= weights.row_stride;
-    const int64_t row = first + (by_row ? i / cols : i % rows);
-    const int64_t column = by_row ? i % cols : i / rows;
-    W left = widen(weights(row * weights.row_stride + column * weights.col_stride));
+  for (int64_t column = column_own; column < cols; column += kThreads / down) {
 #pragma unroll 1
-    for (int64_t p = 0; p < a.rank; ++p) {
-      const W length = from_parts<W>(-values[p], 0);
-      add_product(left, widen(u[row * e.columns + p]) * length,
-                  conjugate(widen(v[column * e.columns + p])));
+    for (int64_t row = first + row_own; row < first + rows; row += down) {
+      W left = widen(weights(row * weights.row_stride + column * weights.col_stride));
+#pragma unroll 1
+      for (int64_t p = 0; p < a.rank; ++p) {
+        const W length = from_parts<W>(-values[p], 0);
+        add_product(left, widen(u[row * e.columns + p]) * length,
+                    conjugate(widen(v[column * e.columns + p])));
+      }
+      squares += square(left);
     }
-    squares += square(left);
   }
   squares = block_sum(squares);
   if (thread_index() == 0) at<double>(a, e.sums)[item.tile] = squares;

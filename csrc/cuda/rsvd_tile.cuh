@@ -123,21 +123,31 @@ __device__ inline void multiply(Left& left, const Right& right, int64_t first_ro
                                 typename Tile<S>::Shared& s) {
   using T = Tile<S>;
   // What a thread reads of a chunk of the left operand, in the order in which it lies in memory.
-  const int thread = thread_index();
   const bool by_row = left.col_stride <= left.row_stride;
-  const int own_row = by_row ? thread / T::kDepth : thread % T::kRows;
-  const int own_depth = by_row ? thread % T::kDepth : thread / T::kRows;
+  const auto own_row = [by_row] {
+    const int thread = thread_index();
+    return by_row ? thread / T::kDepth : thread % T::kRows;
+  };
+  const auto own_depth = [by_row] {
+    const int thread = thread_index();
+    return by_row ? thread % T::kDepth : thread / T::kRows;
+  };
   const int row_step = by_row ? kThreads / T::kDepth : 0;
   const int depth_step = by_row ? 0 : kThreads / T::kRows;
   const int64_t step = row_step * left.row_stride + depth_step * left.col_stride;
-  int64_t offset = (first_row + own_row) * left.row_stride + (begin + own_depth) * left.col_stride;
+  int64_t offset =
+      (first_row + own_row()) * left.row_stride + (begin + own_depth()) * left.col_stride;
   S a[T::kLeft];
   const auto fetch = [&](int64_t first) {
     const int deep = end - first < T::kDepth ? static_cast<int>(end - first) : T::kDepth;
+    int row = own_row(), depth = own_depth();
+    int64_t place = offset;
 #pragma unroll
     for (int i = 0; i < T::kLeft; ++i) {
-      const int row = own_row + i * row_step, depth = own_depth + i * depth_step;
-      a[i] = row < rows && depth < deep ? left(offset + i * step) : S{};
+      a[i] = row < rows && depth < deep ? left(place) : S{};
+      row += row_step;
+      depth += depth_step;
+      place += step;
     }
     offset += T::kDepth * left.col_stride;
   };
@@ -153,11 +163,14 @@ __device__ inline void multiply(Left& left, const Right& right, int64_t first_ro
 #pragma unroll 1
   for (int64_t first = begin; first < end; first += T::kDepth) {
     const int turn = static_cast<int>((first - begin) / T::kDepth % 2);
+    int own = own_row(), deep = own_depth();
 #pragma unroll
     for (int i = 0; i < T::kLeft; ++i) {
-      const int row = own_row + i * row_step;
-      s.left[own_depth + i * depth_step][row / T::kOwn].row[row % T::kOwn] = a[i];
+      s.left[deep][own / T::kOwn].row[own % T::kOwn] = a[i];
+      own += row_step;
+      deep += depth_step;
     }
+    const int thread = thread_index();
     const int column = thread % kSketch;
 #pragma unroll 2
     for (int row = thread / kSketch; row < T::kDepth; row += kThreads / kSketch) {

@@ -190,20 +190,16 @@ __device__ __noinline__ void unscale(const SpectralArgs& a, int32_t r) {
 
 __global__ void __launch_bounds__(kThreads, kWantedBlocks)
     spectral_step(const __grid_constant__ SpectralArgs a) {
+  const bool product = a.mode == SpectralMode::product;
   for (int32_t r = 0; r < a.round_count; ++r) {
     start_runs(a, r);
-    if (a.mode == SpectralMode::product) {
-      apply_items(a, r, 0);
-      write_products(a, r);
-      continue;
-    }
     do {
-      for (int32_t j = 0; j < a.steps; ++j) {
+      for (int32_t j = 0; j < (product ? 1 : a.steps); ++j) {
         apply_items(a, r, j);
-        advance_runs(a, r, j);
+        product ? write_products(a, r) : advance_runs(a, r, j);
       }
-    } while (rescale(a, r));
-    unscale(a, r);
+    } while (!product && rescale(a, r));
+    if (!product) unscale(a, r);
   }
   if (a.mode == SpectralMode::alpha) quadrature_phases(a.quadrature);
   if (a.finished == nullptr && a.replays == nullptr) return;
