@@ -54,3 +54,12 @@ def advance(scheduler, step):
     """A step of any scheduler; the metric rises: ReduceLROnPlateau has something to reduce."""
     plateau = isinstance(getattr(scheduler, "base", scheduler), ls.ReduceLROnPlateau)
     scheduler.step(*([1.0 + step // 40 * 0.1] if plateau else []))
+
+
+def train(model, optimizer, steps, scheduler=None):
+    for step in steps:
+        model.zero_grad()
+        backward(model, step)
+        optimizer.step()
+        if scheduler is not None:
+            advance(scheduler, step)

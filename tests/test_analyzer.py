@@ -6,6 +6,7 @@ import weakref
 import numpy as np
 import pytest
 import torch
+from random_weights import gaussian
 from safetensors.torch import save_file
 from torch import nn
 
@@ -13,10 +14,6 @@ import tbfast
 from tbfast import analyzer
 from tbfast.analyzer import analyze
 from tbfast.checkpoint import CheckpointError
-
-
-def gaussian(*shape, seed=0, dtype=torch.float32):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
 def median_alpha(matrices):

@@ -8,7 +8,7 @@ import weakref
 
 import pytest
 import torch
-from small_model import SCHEDULERS, advance, backward, make_batch, make_mlp
+from small_model import SCHEDULERS, advance, backward, make_batch, make_mlp, train
 from torch import nn
 from torch.optim import lr_scheduler as ls
 
@@ -60,15 +60,6 @@ def test_every_rate_is_the_base_rate_times_the_factor(name, attach_first):
         assert [g["lr"] for g in groups] == [g["lr"] for g in other.param_groups]
     assert list(factors) == TUNED
     assert len(balancer.history) == 67
-
-
-def train(model, optimizer, steps, scheduler=None):
-    for step in steps:
-        optimizer.zero_grad()
-        backward(model, step)
-        optimizer.step()
-        if scheduler is not None:
-            scheduler.step()
 
 
 def equal(a, b):

@@ -7,6 +7,7 @@ from functools import partial
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from small_model import backward, train
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 from torch.distributed.checkpoint import state_dict as dcp_state
@@ -26,21 +27,6 @@ def make_mlp(bias=True):
     sizes = [(6, 16), (16, 16), (16, 24), (24, 16), (16, 16), (16, 3)]
     parts = [part for size in sizes for part in (nn.Linear(*size, bias=bias), nn.Tanh())]
     return nn.Sequential(*parts)
-
-
-def backward(model, step):
-    generator = torch.Generator().manual_seed(step)
-    x, y = torch.randn(8, 6, generator=generator), torch.randn(8, 3, generator=generator)
-    model.zero_grad()
-    (model(x) - y).square().mean().backward()
-
-
-def train(model, optimizer, steps, scheduler=None):
-    for step in steps:
-        backward(model, step)
-        optimizer.step()
-        if scheduler is not None:
-            scheduler.step()
 
 
 def schedule(epoch):
@@ -295,6 +281,7 @@ def test_a_group_added_while_training_is_stepped_at_its_own_rate(applier):
     extra = nn.Parameter(torch.zeros(3))
     extra.grad = torch.ones(3)
     optimizer.add_param_group({"params": [extra], "lr": 0.25, "weight_decay": 0.0})
+    model.zero_grad()
     backward(model, 2)
     optimizer.step()
     assert extra.tolist() == [-0.25] * 3
@@ -363,6 +350,7 @@ def test_a_compiled_step_is_the_plain_one_and_is_not_compiled_for_each_factor(na
         step = torch.compile(optimizer.step, backend=counter) if compiled else optimizer.step
         counts = []
         for batch in range(8):
+            model.zero_grad()
             backward(model, batch)
             step()
             counts.append(counter.frame_count)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
+from random_weights import gaussian
 
 from tbfast.analyzer import analyze
 from tbfast.html import render
@@ -33,10 +33,6 @@ FIELDS = [
     "method",
     "reason",
 ]
-
-
-def gaussian(*shape, seed=0, dtype=torch.float32):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
 @pytest.fixture

@@ -123,33 +123,29 @@ __device__ inline void multiply(Left& left, const Right& right, int64_t first_ro
                                 typename Tile<S>::Shared& s) {
   using T = Tile<S>;
   // What a thread reads of a chunk of the left operand, in the order in which it lies in memory.
+  // Worked out anew for each chunk: rows and columns take no registers from one to the next.
   const bool by_row = left.col_stride <= left.row_stride;
-  const auto own_row = [by_row] {
-    const int thread = thread_index();
-    return by_row ? thread / T::kDepth : thread % T::kRows;
-  };
-  const auto own_depth = [by_row] {
-    const int thread = thread_index();
-    return by_row ? thread % T::kDepth : thread / T::kRows;
-  };
   const int row_step = by_row ? kThreads / T::kDepth : 0;
   const int depth_step = by_row ? 0 : kThreads / T::kRows;
-  const int64_t step = row_step * left.row_stride + depth_step * left.col_stride;
-  int64_t offset =
-      (first_row + own_row()) * left.row_stride + (begin + own_depth()) * left.col_stride;
+  const auto for_each_own = [=](auto use) {
+    const int thread = thread_index();
+    int row = by_row ? thread / T::kDepth : thread % T::kRows;
+    int depth = by_row ? thread % T::kDepth : thread / T::kRows;
+#pragma unroll
+    for (int i = 0; i < T::kLeft; ++i) {
+      use(i, row, depth);
+      row += row_step;
+      depth += depth_step;
+    }
+  };
   S a[T::kLeft];
   const auto fetch = [&](int64_t first) {
     const int deep = end - first < T::kDepth ? static_cast<int>(end - first) : T::kDepth;
-    int row = own_row(), depth = own_depth();
-    int64_t place = offset;
-#pragma unroll
-    for (int i = 0; i < T::kLeft; ++i) {
-      a[i] = row < rows && depth < deep ? left(place) : S{};
-      row += row_step;
-      depth += depth_step;
-      place += step;
-    }
-    offset += T::kDepth * left.col_stride;
+    for_each_own([&](int i, int row, int depth) {
+      const bool inside = row < rows && depth < deep;
+      a[i] = inside ? left((first_row + row) * left.row_stride + (first + depth) * left.col_stride)
+                    : S{};
+    });
   };
 
 #pragma unroll
@@ -163,13 +159,8 @@ __device__ inline void multiply(Left& left, const Right& right, int64_t first_ro
 #pragma unroll 1
   for (int64_t first = begin; first < end; first += T::kDepth) {
     const int turn = static_cast<int>((first - begin) / T::kDepth % 2);
-    int own = own_row(), deep = own_depth();
-#pragma unroll
-    for (int i = 0; i < T::kLeft; ++i) {
-      s.left[deep][own / T::kOwn].row[own % T::kOwn] = a[i];
-      own += row_step;
-      deep += depth_step;
-    }
+    for_each_own(
+        [&](int i, int row, int depth) { s.left[depth][row / T::kOwn].row[row % T::kOwn] = a[i]; });
     const int thread = thread_index();
     const int column = thread % kSketch;
 #pragma unroll 2

@@ -193,6 +193,7 @@ __global__ void __launch_bounds__(kThreads, kWantedBlocks)
   const bool product = a.mode == SpectralMode::product;
   for (int32_t r = 0; r < a.round_count; ++r) {
     start_runs(a, r);
+    // One loop for both, with one copy of apply_items: with two of them registers spill.
     do {
       for (int32_t j = 0; j < (product ? 1 : a.steps); ++j) {
         apply_items(a, r, j);
